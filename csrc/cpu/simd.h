@@ -1,0 +1,136 @@
+// Vectors of the instruction set being compiled: loads, stores and conversions. Included by foreach_isa.h, per set.
+//
+// Compiler vectors (`vector_size`), so that + - * < ?: are written as for scalars and every compiler and CPU has them;
+// intrinsics only where the language has no word (float16). Vec<float> holds kLanes<float> floats whatever the element
+// type in memory: load widens, store narrows (round to nearest even, NaN and infinity kept).
+
+#define FUSEDRES_INLINE inline __attribute__((always_inline))
+
+namespace fusedres::cpu::FUSEDRES_ISA {
+
+template <typename Lane>
+struct VecOf {
+  typedef Lane type __attribute__((vector_size(FUSEDRES_VECTOR_BYTES)));
+};
+template <typename Lane>
+using Vec = typename VecOf<Lane>::type;
+
+typedef uint32_t WideBits __attribute__((vector_size(FUSEDRES_VECTOR_BYTES)));
+typedef uint16_t NarrowBits __attribute__((vector_size(FUSEDRES_VECTOR_BYTES / 2)));
+
+// Elements in one vector of computations on T.
+template <typename T>
+constexpr int64_t kLanes = FUSEDRES_VECTOR_BYTES / sizeof(acc_t<T>);
+
+template <typename Lane>
+FUSEDRES_INLINE Vec<Lane> broadcast(Lane value) {
+  return value - Vec<Lane>{};
+}
+
+FUSEDRES_INLINE Vec<float> widen(NarrowBits bits, BFloat16) {
+  return (Vec<float>)(__builtin_convertvector(bits, WideBits) << 16);
+}
+
+FUSEDRES_INLINE NarrowBits narrow(Vec<float> value, BFloat16) {
+  const WideBits bits = (WideBits)value;
+  const WideBits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const WideBits is_nan = (WideBits)(value != value);
+  return __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0), NarrowBits);
+}
+
+#if FUSEDRES_VECTOR_BYTES == 64
+
+FUSEDRES_INLINE Vec<float> widen(NarrowBits bits, Float16) { return (Vec<float>)_mm512_cvtph_ps((__m256i)bits); }
+
+FUSEDRES_INLINE NarrowBits narrow(Vec<float> value, Float16) {
+  return (NarrowBits)_mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT);
+}
+
+#elif FUSEDRES_VECTOR_BYTES == 32
+
+FUSEDRES_INLINE Vec<float> widen(NarrowBits bits, Float16) { return (Vec<float>)_mm256_cvtph_ps((__m128i)bits); }
+
+FUSEDRES_INLINE NarrowBits narrow(Vec<float> value, Float16) {
+  return (NarrowBits)_mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT);
+}
+
+#else
+
+// float16 in integer arithmetic. The exponent's bias differs by 127 - 15 = 112; subnormals are rebuilt by one addition
+// of a float whose last place is the subnormal's, which is exact and needs no subnormal float32 (they may be flushed).
+FUSEDRES_INLINE Vec<float> widen(NarrowBits narrow_bits, Float16) {
+  const WideBits bits = __builtin_convertvector(narrow_bits, WideBits);
+  const WideBits sign = (bits & 0x8000) << 16;
+  const WideBits magnitude = (bits & 0x7fff) << 13;
+  const WideBits exponent = bits & 0x7c00;
+  const WideBits normal = magnitude + (112u << 23);
+  const WideBits special = magnitude + (224u << 23);
+  const WideBits subnormal = (WideBits)((Vec<float>)(magnitude + (113u << 23)) - 0x1p-14f);
+  return (Vec<float>)(sign | (exponent == 0 ? subnormal : exponent == 0x7c00 ? special : normal));
+}
+
+FUSEDRES_INLINE NarrowBits narrow(Vec<float> value, Float16) {
+  const WideBits bits = (WideBits)value;
+  const WideBits sign = (bits >> 16) & 0x8000;
+  const WideBits magnitude = bits & 0x7fffffff;
+  const WideBits special = magnitude > 0x7f800000 ? WideBits{} + 0x7e00 : WideBits{} + 0x7c00;
+  const WideBits subnormal = (WideBits)((Vec<float>)magnitude + 0.5f) - 0x3f000000;
+  const WideBits normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  const WideBits result = magnitude >= 0x47800000 ? special : magnitude < 0x38800000 ? subnormal : normal;
+  return __builtin_convertvector(sign | result, NarrowBits);
+}
+
+#endif
+
+// load, store: kLanes<T> elements at any address.
+FUSEDRES_INLINE Vec<float> load(const float* from) {
+  Vec<float> value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+
+FUSEDRES_INLINE Vec<double> load(const double* from) {
+  Vec<double> value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+
+template <typename Narrow>
+FUSEDRES_INLINE Vec<float> load(const Narrow* from) {
+  NarrowBits bits;
+  std::memcpy(&bits, from, sizeof bits);
+  return widen(bits, Narrow{});
+}
+
+FUSEDRES_INLINE void store(float* to, Vec<float> value) { std::memcpy(to, &value, sizeof value); }
+
+FUSEDRES_INLINE void store(double* to, Vec<double> value) { std::memcpy(to, &value, sizeof value); }
+
+template <typename Narrow>
+FUSEDRES_INLINE void store(Narrow* to, Vec<float> value) {
+  const NarrowBits bits = narrow(value, Narrow{});
+  std::memcpy(to, &bits, sizeof bits);
+}
+
+// The same for the ragged end of a row: `count` < kLanes<T> elements, zero in the other lanes.
+template <typename T>
+FUSEDRES_INLINE Vec<acc_t<T>> load_partial(const T* from, int64_t count) {
+  T buffer[kLanes<T>] = {};
+  std::memcpy(buffer, from, count * sizeof(T));
+  return load(buffer);
+}
+
+template <typename T>
+FUSEDRES_INLINE void store_partial(T* to, Vec<acc_t<T>> value, int64_t count) {
+  T buffer[kLanes<T>];
+  store(buffer, value);
+  std::memcpy(to, buffer, count * sizeof(T));
+}
+
+// max(value, 0) that keeps NaN and -0, as torch.relu does.
+template <typename V>
+FUSEDRES_INLINE V relu(V value) {
+  return value < V{} ? V{} : value;
+}
+
+}  // namespace fusedres::cpu::FUSEDRES_ISA

@@ -1,0 +1,170 @@
+"""Build of the native library; everything static is in pyproject.toml.
+
+Environment: FUSEDRES_NO_NATIVE=1 skips the library, FUSEDRES_REQUIRE_NATIVE=1 makes its failure fatal, MAX_JOBS bounds
+the compilers run at once, FORCE_CUDA=1 or TORCH_CUDA_ARCH_LIST build csrc/cuda where no GPU is visible.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11: the oldest torch the library runs with, whichever it is built by
+DEFAULT_CUDA_ARCHS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+BYTES_PER_JOB = 2 << 30
+
+NO_TORCH = (
+    "fusedres: building needs torch>=2.11 in this environment: install it first, or leave out --no-build-isolation,"
+    " or set FUSEDRES_NO_NATIVE=1 for an install without the native library."
+)
+BUILD_FAILED = """
+{line}
+fusedres: THE NATIVE LIBRARY WAS NOT BUILT: {error}
+The install goes on without it: everything works, CPU kernels run through plain PyTorch.
+`fusedres info` tells which engines are there; FUSEDRES_REQUIRE_NATIVE=1 makes this an error.
+{line}
+"""
+
+
+def flag(name: str, environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether the environment variable ``name`` is set to anything but 0 or nothing."""
+    return environ.get(name, "0") not in ("", "0")
+
+
+def available_memory() -> int:
+    """Bytes a build may use: free memory, or less where a control group limits it."""
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    meminfo, cgroup = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
+    if meminfo.exists() and (line := re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())):
+        free = int(line[1]) * 1024
+    if cgroup.exists() and (limit := cgroup.read_text().strip()).isdigit():
+        free = min(free, int(limit))
+    return free
+
+
+def max_jobs(environ: Mapping[str, str], memory: int, cores: int) -> int:
+    """How many compilers run at once: MAX_JOBS, or one a core as far as memory goes."""
+    asked = environ.get("MAX_JOBS", "")
+    if asked.isdigit() and int(asked) > 0:
+        return int(asked)
+    return max(1, min(cores, memory // BYTES_PER_JOB))
+
+
+def cuda_toolkit(environ: Mapping[str, str]) -> Path | None:
+    """The CUDA toolkit's root, or None.
+
+    ``nvcc`` on PATH may be a wrapper script far from its toolkit, so the compiler is asked where it lives.
+    """
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        if environ.get(name) and (Path(environ[name]) / "bin" / "nvcc").exists():
+            return Path(environ[name])
+    nvcc = shutil.which("nvcc", path=environ.get("PATH"))
+    if nvcc is None:
+        return None
+    dryrun = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
+    top = re.search(r"^#\$ TOP=(.+)$", dryrun.stderr + dryrun.stdout, re.MULTILINE)
+    return Path(top[1].strip()).resolve() if top else Path(nvcc).resolve().parent.parent
+
+
+def cuda_archs(environ: Mapping[str, str], toolkit: Path, gpu_visible: bool) -> str | None:
+    """The TORCH_CUDA_ARCH_LIST to build for; None leaves it to torch, which takes the visible GPUs'."""
+    if environ.get("TORCH_CUDA_ARCH_LIST"):
+        return environ["TORCH_CUDA_ARCH_LIST"]
+    if gpu_visible:
+        return None
+    nvcc = toolkit / "bin" / "nvcc"
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False).stdout.split()
+    return ";".join(arch for arch in DEFAULT_CUDA_ARCHS if not known or f"compute_{arch.replace('.', '')}" in known)
+
+
+def wants_cuda(environ: Mapping[str, str], gpu_visible: bool) -> bool:
+    """Whether CUDA sources are to be built, given that there is a toolkit."""
+    return gpu_visible or flag("FORCE_CUDA", environ) or bool(environ.get("TORCH_CUDA_ARCH_LIST"))
+
+
+def sources(pattern: str) -> list[str]:
+    return sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob(pattern))
+
+
+def native_library() -> Extension:
+    """The extension ``fusedres._native``: csrc/cpu, and csrc/cuda where it is wanted and can be built."""
+    import torch
+
+    cuda_sources, toolkit, gpu_visible = sources("csrc/cuda/*.cu"), cuda_toolkit(os.environ), torch.cuda.is_available()
+    with_cuda = bool(cuda_sources and toolkit and torch.version.cuda) and wants_cuda(os.environ, gpu_visible)
+    if with_cuda:
+        os.environ["CUDA_HOME"] = str(toolkit)  # read when torch.utils.cpp_extension is first imported
+        archs = cuda_archs(os.environ, toolkit, gpu_visible)
+        if archs:
+            os.environ["TORCH_CUDA_ARCH_LIST"] = archs
+    from torch.utils import cpp_extension
+
+    defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", *(["-DUSE_CUDA"] if with_cuda else [])]
+    options: dict[str, Any] = {
+        "name": "fusedres._native",
+        "sources": ["csrc/registration.cpp", *sources("csrc/cpu/*.cpp"), *(cuda_sources if with_cuda else [])],
+        "depends": sources("csrc/**/*.h"),
+        "include_dirs": ["csrc"],
+        "extra_compile_args": {
+            "cxx": ["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wno-psabi", *defines],
+            "nvcc": ["-O3", "--compiler-options=-fvisibility=hidden", *defines],
+        },
+        "extra_link_args": ["-Wl,-s"] if sys.platform.startswith("linux") else [],
+        "py_limited_api": True,
+    }
+    return (cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension)(**options)
+
+
+class MissingTorch(build_ext):
+    """Stands in where torch cannot be imported: metadata and sdist work, a build says what is needed."""
+
+    def run(self) -> None:
+        sys.exit(NO_TORCH)
+
+
+def build_command() -> type[build_ext]:
+    """torch's build_ext, except that its failure costs the native library and not the install."""
+    from torch.utils.cpp_extension import BuildExtension
+
+    class BuildNative(BuildExtension):
+        def run(self) -> None:
+            os.environ["MAX_JOBS"] = str(max_jobs(os.environ, available_memory(), len(os.sched_getaffinity(0))))
+            try:
+                super().run()
+            except Exception as error:
+                if flag("FUSEDRES_REQUIRE_NATIVE"):
+                    raise
+                print(BUILD_FAILED.format(line="*" * 100, error=error), file=sys.stderr, flush=True)
+                self.extensions = []  # no outputs to collect
+
+    return BuildNative
+
+
+def native_options() -> dict[str, Any]:
+    """The part of setup()'s keywords that builds the library."""
+    if flag("FUSEDRES_NO_NATIVE"):
+        return {}
+    options = {"bdist_wheel": {"py_limited_api": "cp310"}}
+    if importlib.util.find_spec("torch") is None:
+        placeholder = Extension("fusedres._native", sources=[])
+        return {"ext_modules": [placeholder], "cmdclass": {"build_ext": MissingTorch}, "options": options}
+    return {"ext_modules": [native_library()], "cmdclass": {"build_ext": build_command()}, "options": options}
+
+
+if __name__ == "__main__":
+    setup(
+        packages=[*find_packages(include=["fusedres", "fusedres.*"]), "fusedres.kernels"],
+        package_dir={"fusedres.kernels": "kernels"},
+        **native_options(),
+    )
