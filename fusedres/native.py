@@ -14,7 +14,7 @@ import torch
 
 _library = torch.library.Library("fusedres_cpu", "DEF")
 
-for _schema in (
+_SCHEMAS = (
     # z (N, K, H, W) -> stats (3, K), single pass from memory, tiles merged pairwise in a fixed order.
     "channel_stats(Tensor z) -> Tensor",
     "scale_shift_add_relu(Tensor z, Tensor bn, Tensor? residual, Tensor? residual_bn, bool relu) -> Tensor",
@@ -34,7 +34,8 @@ for _schema in (
     "input_moments(Tensor x, Tensor? in_bn, int[2] stride) -> Tensor",
     # A 64-bit fingerprint of every byte of the tensors, in order: int64 scalar tensor.
     "fingerprint(Tensor[] tensors) -> Tensor",
-):
+)
+for _schema in _SCHEMAS:
     _library.define(_schema)
 
 
@@ -52,7 +53,9 @@ def _load() -> str | None:
         torch.ops.load_library(str(path))
     except OSError as error:
         return f"{path.name} does not load: {error}"
-    return None
+    names = (f"fusedres_cpu::{schema.partition('(')[0]}" for schema in _SCHEMAS)
+    absent = [name for name in names if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")]
+    return f"{path.name} was built from other sources, it lacks {', '.join(absent)}; build it again" if absent else None
 
 
 #: None where the native library is loaded, else the reason why it is not.

@@ -26,18 +26,10 @@ import torch
 from torch import Tensor
 
 from fusedres import dispatch
+from fusedres.layout import BN_ROWS, STAT_ROWS, SUM_ROWS, acc_dtype
 from fusedres.problem import out_size
 
 _library = torch.library.Library("fusedres", "DEF")
-
-BN_ROWS = 4  # mean, invstd, scale, shift
-STAT_ROWS = 3  # count, mean, M2
-SUM_ROWS = 2  # dbeta, dgamma
-
-
-def acc_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which statistics and per-channel vectors of ``dtype`` activations are kept."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _register(schema: str) -> Callable[[Callable], Callable]:

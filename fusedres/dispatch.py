@@ -1,0 +1,81 @@
+"""Which engine computes an op: one table in order of preference, and the reasons why a preferred one was passed over.
+
+The decision looks at the tensors' device and dtype, never at what else the machine has. ``engine(name)`` and the
+environment variable ``FUSEDRES_ENGINE`` put one engine first; what it cannot do still falls to the next.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+
+from fusedres.engines import Engine
+from fusedres.engines.cpu import CPU
+from fusedres.engines.reference import REFERENCE
+
+#: Every engine, the preferred first. The last one can do everything.
+ENGINES: dict[str, Engine] = {engine.name: engine for engine in (CPU, REFERENCE)}
+
+_forced: ContextVar[str | None] = ContextVar("fusedres_engine", default=None)
+
+
+class Choice(NamedTuple):
+    """The engine that computes an op, and ``(engine, reason)`` of every one that was asked before it."""
+
+    engine: Engine
+    passed_over: tuple[tuple[str, str], ...]
+
+
+@contextmanager
+def engine(name: str | None) -> Iterator[None]:
+    """Prefer the engine ``name`` within this context (this thread, and the backward of what is computed here).
+
+    ``None`` restores the static rule. Raises ValueError for a name that is no engine.
+    """
+    token = _forced.set(_known(name))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def forced() -> str | None:
+    """The engine that ``engine(...)`` or else ``FUSEDRES_ENGINE`` prefers, if any. ValueError for an unknown name."""
+    return _forced.get() or _known(os.environ.get("FUSEDRES_ENGINE") or None)
+
+
+def _known(name: str | None) -> str | None:
+    if name is not None and name not in ENGINES:
+        raise ValueError(f"no engine is named {name!r}; there are {', '.join(ENGINES)}")
+    return name
+
+
+def choose(op: str, device_type: str, dtype: torch.dtype) -> Choice:
+    """The engine for ``op`` on tensors of this device and dtype."""
+    return _choose(op, device_type, dtype, forced())
+
+
+@functools.cache
+def _choose(op: str, device_type: str, dtype: torch.dtype, first: str | None) -> Choice:
+    passed_over = []
+    for candidate in sorted(ENGINES.values(), key=lambda e: e.name != first):
+        reason = candidate.rejects(op, device_type, dtype)
+        if reason is None:
+            return Choice(candidate, tuple(passed_over))
+        passed_over.append((candidate.name, reason))
+    raise RuntimeError(f"no engine computes {op} for {dtype} on {device_type}: {passed_over}")
+
+
+def caller(op: str) -> Callable[..., Any]:
+    """The implementation of ``fusedres::<op>``: hand the call to the engine that its first tensor chooses."""
+
+    def call(first: torch.Tensor, *args: Any) -> Any:
+        return getattr(choose(op, first.device.type, first.dtype).engine, op)(first, *args)
+
+    return call

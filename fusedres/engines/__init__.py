@@ -1,0 +1,58 @@
+"""What an engine is: a namespace of ops, and an answer to whether it serves an op on a device in a dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedres.problem import Pair
+
+#: ``run(x, residual) -> y`` of a folded chain; ``residual`` is None unless the chain wants a tensor.
+FoldedRun = Callable[[Tensor, Tensor | None], Tensor]
+
+
+class FoldedConv(NamedTuple):
+    """A conv with its BN folded in: w (K, C/groups, R, S), bias (K,) or None, in the activations' dtype."""
+
+    w: Tensor
+    bias: Tensor | None
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    groups: int
+
+
+class FoldedChain(NamedTuple):
+    """A chain in eval: convs each followed by ReLU; before the last one's, the shortcut is added.
+
+    ``identity``: the shortcut is the chain's input; ``projection``: it is this conv of the input; else it is given.
+    """
+
+    convs: tuple[FoldedConv, ...]
+    projection: FoldedConv | None
+    identity: bool
+    relu: bool
+
+
+class Engine:
+    """The base of every engine. An op is a method (or static function) of the name it has in ``fusedres.ops``."""
+
+    name: str
+    #: Why this engine cannot be used in this installation at all; None where it can.
+    missing: str | None = None
+    #: Whether convs apply their prologues themselves; else the caller materialises ``relu(scale*z+shift)`` and ``dz``.
+    fuses_prologue: bool = False
+
+    def rejects(self, op: str, device_type: str, dtype: torch.dtype) -> str | None:
+        """Why this engine does not compute ``op`` for such tensors, or None if it does."""
+        raise NotImplementedError
+
+    def compile_folded(self, chain: FoldedChain, x_shape: torch.Size) -> FoldedRun | None:
+        """A faster way to run ``chain`` on inputs of ``x_shape`` than one ``conv_fprop`` a conv, or None."""
+        return None
+
+    def __getattr__(self, op: str) -> Callable[..., Any]:
+        raise AttributeError(f"the engine {self.name!r} does not compute {op!r}")

@@ -1,0 +1,189 @@
+"""The ``cpu`` engine: oneDNN's convolutions with fused epilogues, and the native kernels of csrc/cpu around them.
+
+oneDNN offers no prologues, so the caller materialises them; weight gradients and second moments do without, for the
+native kernels apply theirs while packing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusedres import native, reference
+from fusedres.engines import Engine, FoldedChain, FoldedConv, FoldedRun
+from fusedres.engines.onednn import PackedChain, onednn_conv, onednn_reason
+from fusedres.layout import acc_dtype, channels_last
+
+kernels = torch.ops.fusedres_cpu
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+#: Ops on per-channel vectors and small matrices, where ATen leaves nothing to fuse.
+_SMALL_OPS = ("bn_finalize", "bn_constants", "bn_fold", "pointwise_stats")
+
+
+class CPUEngine(Engine):
+    """See the module's docstring."""
+
+    name = "cpu"
+    missing = native.missing
+
+    def rejects(self, op: str, device_type: str, dtype: torch.dtype) -> str | None:
+        if device_type != "cpu":
+            return f"it computes on the CPU, the tensors are on {device_type}"
+        if dtype not in _DTYPES:
+            return f"it has no kernels for {dtype}"
+        if op not in _SMALL_OPS and op != "conv_fprop":
+            return self.missing
+        return None
+
+    bn_finalize = staticmethod(reference.bn_finalize)
+    bn_constants = staticmethod(reference.bn_constants)
+    bn_fold = staticmethod(reference.bn_fold)
+    pointwise_stats = staticmethod(reference.pointwise_stats)
+
+    scale_shift_add_relu = staticmethod(kernels.scale_shift_add_relu)
+    drelu_dbn = staticmethod(kernels.drelu_dbn)
+    dbn = staticmethod(kernels.dbn)
+    input_moments = staticmethod(kernels.input_moments)
+    bn_relu_maxpool = staticmethod(kernels.bn_relu_maxpool)
+    bn_relu_maxpool_backward = staticmethod(kernels.bn_relu_maxpool_backward)
+
+    def compile_folded(self, chain: FoldedChain, x_shape: torch.Size) -> FoldedRun | None:
+        return None if onednn_reason(chain.convs[0].w.dtype) else PackedChain(chain, x_shape)
+
+    @staticmethod
+    def conv_fprop(
+        x: Tensor,
+        w: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        in_bn: Tensor | None,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        relu: bool,
+        genstats: bool,
+    ) -> tuple[Tensor, Tensor]:
+        if native.missing is not None and (in_bn is not None or genstats):
+            return reference.conv_fprop(x, w, bias, residual, in_bn, stride, padding, dilation, groups, relu, genstats)
+        x = _input(x, in_bn)
+        if residual is None and not relu:
+            y = F.conv2d(x, w, bias, stride, padding, dilation, groups)
+        else:
+            conv = FoldedConv(w, bias, stride, padding, dilation, groups)
+            y = onednn_conv(x, conv, residual, relu)
+        y = channels_last(y)
+        return y, kernels.channel_stats(y) if genstats else y.new_empty(0, dtype=acc_dtype(y.dtype))
+
+    @staticmethod
+    def conv_dgrad(
+        g: Tensor,
+        z: Tensor | None,
+        bn: Tensor | None,
+        sums: Tensor | None,
+        inv_count: float,
+        w: Tensor,
+        input_size: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        residual: Tensor | None,
+        residual_stride: Sequence[int],
+        prev_z: Tensor | None,
+        prev_bn: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        dz = g if z is None else kernels.dbn(g, z, bn, sums, inv_count)
+        is_plain_gemm = (*w.shape[2:], *stride, *padding, groups) == (1, 1, 1, 1, 0, 0, 1)
+        if is_plain_gemm:  # the transposed weight makes it a forward conv, which may add the residual as it stores
+            fused = residual if tuple(residual_stride) == (1, 1) else None
+            transposed = FoldedConv(w.transpose(0, 1), None, (1, 1), (0, 0), (1, 1), 1)
+            dx = onednn_conv(dz, transposed, fused, False)
+            residual = residual if fused is None else None
+        else:
+            x = channels_last(dz.new_empty(dz.shape[0], w.shape[1] * groups, *input_size))  # only its shape is read
+            dx = reference.convolution_backward(dz, x, w, stride, padding, dilation, groups, (True, False))[0]
+        dx = channels_last(dx)
+        if residual is not None:
+            dx[:, :, :: residual_stride[0], :: residual_stride[1]] += residual
+        return dx, _drelu_(dx, prev_z, prev_bn)
+
+    @staticmethod
+    def conv_wgrad(
+        g: Tensor,
+        z: Tensor | None,
+        bn: Tensor | None,
+        sums: Tensor | None,
+        inv_count: float,
+        x: Tensor,
+        in_bn: Tensor | None,
+        kernel_size: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+    ) -> Tensor:
+        if groups == 1:
+            return kernels.conv_wgrad(g, z, bn, sums, inv_count, x, in_bn, kernel_size, stride, padding, dilation)
+        dz = g if z is None else kernels.dbn(g, z, bn, sums, inv_count)
+        w = channels_last(x.new_empty(g.shape[1], x.shape[1] // groups, *kernel_size))  # only its shape is read
+        dw = reference.convolution_backward(dz, _input(x, in_bn), w, stride, padding, dilation, groups, (False, True))[1]
+        return channels_last(dw)
+
+    @staticmethod
+    def pointwise_wgrad(
+        g: Tensor,
+        sum_g: Tensor,
+        x: Tensor,
+        in_bn: Tensor | None,
+        moments: Tensor,
+        w: Tensor,
+        bn: Tensor,
+        inv_count: float,
+        stride: Sequence[int],
+    ) -> tuple[Tensor, Tensor]:
+        product = kernels.centered_wgrad(g, x, in_bn, moments[-1], stride)
+        return reference.pointwise_wgrad_from_product(product, sum_g, moments, w, bn, inv_count)
+
+    @staticmethod
+    def pointwise_dgrad(
+        g: Tensor,
+        x: Tensor,
+        in_bn: Tensor | None,
+        moments: Tensor,
+        w: Tensor,
+        bn: Tensor,
+        sums: Tensor,
+        inv_count: float,
+        stride: Sequence[int],
+        prev_z: Tensor | None,
+        prev_bn: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        from_g, from_x, constant = reference.pointwise_dgrad_operands(moments, w, bn, sums, inv_count)
+        a = channels_last(_input(x, in_bn)[:, :, :: stride[0], :: stride[1]])
+        part = onednn_conv(a, _pointwise(from_x, constant, g.dtype), None, False)
+        dx = channels_last(onednn_conv(g, _pointwise(from_g, None, g.dtype), part, False))
+        return dx, _drelu_(dx, prev_z, prev_bn)
+
+
+def _input(x: Tensor, in_bn: Tensor | None) -> Tensor:
+    """A conv's input with its prologue materialised."""
+    return x if in_bn is None else kernels.scale_shift_add_relu(x, in_bn, None, None, True)
+
+
+def _drelu_(dx: Tensor, prev_z: Tensor | None, prev_bn: Tensor | None) -> Tensor:
+    """The dgrad epilogue, in place on a ``dx`` that its op made: mask by the ReLU before, return that BN's sums."""
+    return dx.new_empty(0, dtype=acc_dtype(dx.dtype)) if prev_z is None else kernels.drelu_dbn_(dx, prev_z, prev_bn)
+
+
+def _pointwise(matrix: Tensor, bias: Tensor | None, dtype: torch.dtype) -> FoldedConv:
+    """The 1x1 conv that multiplies pixels (rows) by ``matrix`` (C_in, C_out)."""
+    w = matrix.t().to(dtype)[:, :, None, None]
+    return FoldedConv(w, None if bias is None else bias.to(dtype), (1, 1), (0, 0), (1, 1), 1)
+
+
+CPU = CPUEngine()

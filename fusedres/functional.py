@@ -1,0 +1,207 @@
+"""Fused conv-BN(-add)-ReLU on existing modules: from ``nn.Conv2d`` and BN modules to a chain of units.
+
+Here a module's state is read (each BN's own mode, momentum, eps, buffers), bad input is refused before anything has
+changed, and the form is chosen: folded where nobody needs gradients and BN is constant, the autograd chain otherwise,
+and the modules themselves, one by one, where fusing could not honour what the user attached to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fusedres import folding, ops
+from fusedres.autograd import ChainSpec, Memory, Residual, UnitSpec, UnitTensors, chain
+from fusedres.inspection import batch_norm_reason, conv_reason, plain_reason
+from fusedres.layout import acc_dtype, channels_last
+from fusedres.problem import ConvProblem, as_pair
+
+
+class ConvBN(NamedTuple):
+    """A conv and the BN behind it."""
+
+    conv: nn.Conv2d
+    bn: nn.Module
+
+
+def unit_spec(pair: ConvBN) -> UnitSpec:
+    """What a step needs to know of a conv and its BN, read at every call: users change modes and momenta freely."""
+    conv, bn = pair
+    stride, padding, dilation = (as_pair(v) for v in (conv.stride, _padding(conv), conv.dilation))
+    batch_stats = _uses_batch_stats(bn)
+    momentum = getattr(bn, "momentum", None)
+    if momentum is None and getattr(bn, "num_batches_tracked", None) is None:
+        momentum = 0.0
+    return UnitSpec(stride, padding, dilation, conv.groups, batch_stats, momentum, bn.eps)
+
+
+def _padding(conv: nn.Conv2d) -> tuple[int, ...]:
+    """The padding as numbers; "same" is even on both sides here, for ``conv_reason`` refuses the uneven kind."""
+    if conv.padding == "valid":
+        return (0, 0)
+    if conv.padding == "same":
+        return tuple(d * (k - 1) // 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
+    return tuple(int(p) for p in conv.padding)
+
+
+def _uses_batch_stats(bn: nn.Module) -> bool:
+    if not isinstance(bn, nn.BatchNorm2d):  # a frozen BN
+        return False
+    return bn.training or (bn.running_mean is None and bn.running_var is None)
+
+
+def unit_tensors(pair: ConvBN) -> UnitTensors:
+    """The tensors of a conv and its BN. Running statistics only where this call reads or moves them."""
+    conv, bn = pair
+    mean, var, counter = bn.running_mean, bn.running_var, getattr(bn, "num_batches_tracked", None)
+    if _uses_batch_stats(bn) and not (bn.training and getattr(bn, "track_running_stats", False)):
+        mean = var = counter = None
+    elif not _uses_batch_stats(bn):
+        counter = None
+    return UnitTensors(conv.weight, conv.bias, bn.weight, bn.bias, mean, var, counter)
+
+
+def conv_bn_relu(x: Tensor, conv: nn.Conv2d, bn: nn.Module, relu: nn.Module | bool = True) -> Tensor:
+    """``relu(bn(conv(x)))`` fused; without ReLU where ``relu`` is False.
+
+    x: (N, C, H, W) float64 | float32 | bfloat16 | float16 -> (N, K, P, Q) of that dtype, in the memory format of ``x``.
+    Raises TypeError, ValueError or RuntimeError for what the modules themselves would refuse.
+    """
+    tail = relu if isinstance(relu, nn.Module) else None
+
+    def unfused(x: Tensor) -> Tensor:
+        y = bn(conv(x))
+        return tail(y) if tail is not None else F.relu(y) if relu else y
+
+    return residual_chain(x, [ConvBN(conv, bn)], None, bool(relu), "standard", unfused, [tail] if tail else [])
+
+
+def residual_chain(
+    x: Tensor,
+    pairs: Sequence[ConvBN],
+    shortcut: ConvBN | Tensor | None,
+    relu: bool,
+    memory: Memory,
+    unfused: Callable[[Tensor], Tensor],
+    activations: Sequence[nn.Module] = (),
+) -> Tensor:
+    """A chain of conv-BN-ReLU ending in shortcut add and ReLU: the forward of every block here.
+
+    ``shortcut``: ``x`` itself (identity), another tensor, a projection, or None. ``unfused(x)`` computes the same with
+    the modules one by one; it runs where fusing cannot honour them. ``activations`` are the ReLU modules replaced.
+    """
+    projection = shortcut if isinstance(shortcut, ConvBN) else None
+    convs = [*pairs, *([projection] if projection else [])]
+    if chain_reason(convs, activations) is not None or not _is_fusable_input(x):
+        return unfused(x)
+    residual: Residual = "none"
+    if projection:
+        residual = "projection"
+    elif shortcut is not None:
+        residual = "input" if shortcut is x else "tensor"
+    _check(x, pairs, projection, shortcut if residual == "tensor" else None)
+    x_format, x = x, _entering(x)
+    given = _entering(shortcut) if isinstance(shortcut, Tensor) and residual == "tensor" else None
+    spec = ChainSpec(
+        tuple(unit_spec(p) for p in pairs), unit_spec(projection) if projection else None, residual, relu, memory
+    )
+    with torch.autocast(x.device.type, enabled=False):
+        if folding.serves(spec, x, given, convs):
+            y = folding.run(spec, x, given, convs)
+        else:
+            units = [_cast(unit_tensors(p), x.dtype) for p in convs]
+            y = chain(spec, x, given, units[: len(pairs)], units[-1] if projection else None)
+    return _leaving(y, x_format)
+
+
+def chain_reason(convs: Sequence[ConvBN], activations: Sequence[nn.Module]) -> str | None:
+    """Why these modules cannot run as one chain, or None."""
+    for conv, bn in convs:
+        reason = conv_reason(conv) or batch_norm_reason(bn)
+        if reason is not None:
+            return reason
+    return next(filter(None, (plain_reason(a, nn.ReLU) for a in activations)), None)
+
+
+def _is_fusable_input(x: Any) -> bool:
+    """Whether ``x`` is what fused kernels take at all; the modules refuse, or serve, anything else themselves."""
+    return isinstance(x, Tensor) and x.dim() == 4 and x.is_floating_point() and x.layout == torch.strided and x.numel() > 0
+
+
+def _entering(x: Tensor) -> Tensor:
+    """``x`` as the ops take it: in autocast's dtype where autocast is on, dense channels_last."""
+    return channels_last(x.to(_compute_dtype(x)))
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that eager's conv would compute in: autocast's, which leaves float64 alone, or that of ``x``."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def _leaving(y: Tensor, like: Tensor) -> Tensor:
+    """``y`` in the memory format that eager would give it: contiguous where the input was, else channels_last."""
+    return y if like.is_contiguous(memory_format=torch.channels_last) else y.contiguous()
+
+
+def _cast(t: UnitTensors, dtype: torch.dtype) -> UnitTensors:
+    """Conv parameters in the compute dtype, as autocast casts them; BN's stay as they are."""
+    return t._replace(w=t.w.to(dtype), conv_bias=None if t.conv_bias is None else t.conv_bias.to(dtype))
+
+
+def _check(x: Tensor, pairs: Sequence[ConvBN], projection: ConvBN | None, residual: Tensor | None) -> None:
+    """Refuse bad input before any statistics move. Every message names shapes or dtypes."""
+    shape = x.shape
+    for pair in pairs:
+        shape = _check_pair(x, shape, pair)
+    if projection is not None:
+        other = _check_pair(x, x.shape, projection)
+    else:
+        other = x.shape if residual is None else residual.shape
+    if (projection is not None or residual is not None) and other != shape:
+        raise ValueError(f"the shortcut has shape {tuple(other)}, the residual branch {tuple(shape)}")
+
+
+def _check_pair(x: Tensor, shape: torch.Size, pair: ConvBN) -> torch.Size:
+    """The output shape of a conv and BN given an input of ``shape``, device and dtype of ``x``."""
+    conv, bn = pair
+    w = conv.weight
+    if shape[1] != conv.in_channels:
+        raise ValueError(f"expected {conv.in_channels} channels for a weight of shape {tuple(w.shape)}, got {tuple(shape)}")
+    if w.device != x.device:
+        raise RuntimeError(f"the input is on {x.device}, the weight on {w.device}")
+    if w.dtype != x.dtype and _compute_dtype(x) == x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise RuntimeError(f"the input is {x.dtype}, the weight {w.dtype}")
+    problem = ConvProblem.of(shape, w, *(unit := unit_spec(pair)).conv)
+    if problem.P < 1 or problem.Q < 1:
+        raise RuntimeError(f"the kernel {tuple(w.shape[2:])} does not fit into an input of shape {tuple(shape)}")
+    out = torch.Size((problem.N, problem.K, problem.P, problem.Q))
+    if unit.batch_stats and problem.gemm_m == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {out}")
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        vector = getattr(bn, name)
+        if vector is not None and tuple(vector.shape) != (problem.K,):
+            raise RuntimeError(f"BN {name} has shape {tuple(vector.shape)}, expected ({problem.K},)")
+        if vector is not None and vector.device != x.device:
+            raise RuntimeError(f"the input is on {x.device}, BN {name} on {vector.device}")
+    return out
+
+
+def stem(x: Tensor, conv: nn.Conv2d, bn: nn.Module, relu: nn.Module, maxpool: nn.Module) -> Tensor:
+    """``maxpool(relu(bn(conv(x))))``: the stem of a ResNet, its pooling fused with BN and ReLU where it can be.
+
+    x: (N, C, H, W). Returns (N, K, P, Q) channels_last whatever the format of ``x``: the network behind it stays so.
+    """
+    x = channels_last(x) if _is_fusable_input(x) else x
+    return maxpool(conv_bn_relu(x, conv, bn, relu))
+
+
+def batch_norm_bn(pair: ConvBN) -> Tensor:
+    """The ``bn`` tensor (4, K) of a BN whose statistics are constants, in float32 or better."""
+    bn = pair.bn
+    return ops.bn_constants(bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps, acc_dtype(bn.running_mean.dtype))

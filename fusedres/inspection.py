@@ -1,0 +1,68 @@
+"""What may be fused: modules of the exact types known here, with nothing attached that a fused call would skip."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.modules import module as _module_globals
+
+#: Hook tables of a module; a fused call would not run them.
+_HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+_GLOBAL_HOOK_TABLES = (
+    "_global_forward_hooks",
+    "_global_forward_pre_hooks",
+    "_global_backward_hooks",
+    "_global_backward_pre_hooks",
+)
+
+
+def plain_reason(module: nn.Module, *types: type[nn.Module]) -> str | None:
+    """Why ``module`` is more than a plain instance of one of ``types``, or None if it is just that.
+
+    Subclasses are refused (parametrized modules are subclasses too): they may compute something else.
+    """
+    if type(module) not in types:
+        return f"{type(module).__name__} is not exactly {' or '.join(t.__name__ for t in types)}"
+    return hook_reason(module)
+
+
+def hook_reason(module: nn.Module) -> str | None:
+    """Why calling ``module`` is more than calling its class's forward, or None."""
+    state = module.__dict__
+    if any(state[table] for table in _HOOK_TABLES):
+        return f"a hook is attached to a {type(module).__name__}"
+    if "forward" in state:
+        return f"the forward of a {type(module).__name__} was replaced"
+    if any(getattr(_module_globals, table) for table in _GLOBAL_HOOK_TABLES):
+        return "a global module hook is attached"
+    return None
+
+
+def conv_reason(conv: nn.Module) -> str | None:
+    """Why ``conv`` cannot be fused, or None."""
+    reason = plain_reason(conv, nn.Conv2d)
+    if reason is not None:
+        return reason
+    if conv.padding_mode != "zeros":
+        return f"padding_mode {conv.padding_mode!r}"
+    if conv.padding == "same" and any(d * (k - 1) % 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)):
+        return "padding 'same' is uneven for an even kernel"
+    return None
+
+
+def batch_norm_reason(bn: nn.Module) -> str | None:
+    """Why ``bn`` cannot be fused, or None."""
+    if is_frozen_batch_norm(bn):
+        return hook_reason(bn)
+    reason = plain_reason(bn, nn.BatchNorm2d)
+    if reason is not None:
+        return reason
+    if (bn.running_mean is None) != (bn.running_var is None):
+        return "a BN with only one of its running statistics"
+    return None
+
+
+def is_frozen_batch_norm(module: nn.Module) -> bool:
+    """Whether ``module`` is torchvision's FrozenBatchNorm2d, told by name so that torchvision need not be there."""
+    kind = type(module)
+    return kind.__name__ == "FrozenBatchNorm2d" and kind.__module__ == "torchvision.ops.misc"
