@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from fusedres.autograd import Memory
+from fusedres.specs import Memory
 from fusedres.functional import ConvBN, chain_reason, residual_chain
 from fusedres.inspection import hook_reason, plain_reason
 

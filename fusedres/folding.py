@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedres import dispatch, native, ops
-from fusedres.autograd import ChainSpec, UnitSpec
+from fusedres.specs import ChainSpec, UnitSpec
 from fusedres.engines import FoldedChain, FoldedConv, FoldedRun
 from fusedres.layout import acc_dtype
 

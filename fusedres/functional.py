@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusedres import folding, ops
-from fusedres.autograd import ChainSpec, Memory, Residual, UnitSpec, UnitTensors, chain
-from fusedres.inspection import batch_norm_reason, conv_reason, plain_reason
-from fusedres.layout import acc_dtype, channels_last
+from fusedres import folding
+from fusedres.autograd import chain, stem_chain
+from fusedres.specs import ChainSpec, Memory, PoolSpec, Residual, UnitSpec, UnitTensors
+from fusedres.inspection import batch_norm_reason, conv_reason, plain_reason, pool_reason
+from fusedres.layout import channels_last
 from fusedres.problem import ConvProblem, as_pair
 
 
@@ -129,7 +130,9 @@ def chain_reason(convs: Sequence[ConvBN], activations: Sequence[nn.Module]) -> s
 
 def _is_fusable_input(x: Any) -> bool:
     """Whether ``x`` is what fused kernels take at all; the modules refuse, or serve, anything else themselves."""
-    return isinstance(x, Tensor) and x.dim() == 4 and x.is_floating_point() and x.layout == torch.strided and x.numel() > 0
+    return (
+        isinstance(x, Tensor) and x.dim() == 4 and x.is_floating_point() and x.layout == torch.strided and x.numel() > 0
+    )
 
 
 def _entering(x: Tensor) -> Tensor:
@@ -172,7 +175,9 @@ def _check_pair(x: Tensor, shape: torch.Size, pair: ConvBN) -> torch.Size:
     conv, bn = pair
     w = conv.weight
     if shape[1] != conv.in_channels:
-        raise ValueError(f"expected {conv.in_channels} channels for a weight of shape {tuple(w.shape)}, got {tuple(shape)}")
+        raise ValueError(
+            f"expected {conv.in_channels} channels for a weight of shape {tuple(w.shape)}, got {tuple(shape)}"
+        )
     if w.device != x.device:
         raise RuntimeError(f"the input is on {x.device}, the weight on {w.device}")
     if w.dtype != x.dtype and _compute_dtype(x) == x.dtype and not torch.is_autocast_enabled(x.device.type):
@@ -193,15 +198,18 @@ def _check_pair(x: Tensor, shape: torch.Size, pair: ConvBN) -> torch.Size:
 
 
 def stem(x: Tensor, conv: nn.Conv2d, bn: nn.Module, relu: nn.Module, maxpool: nn.Module) -> Tensor:
-    """``maxpool(relu(bn(conv(x))))``: the stem of a ResNet, its pooling fused with BN and ReLU where it can be.
+    """``maxpool(relu(bn(conv(x))))``: the stem of a ResNet, in training with BN, ReLU and max-pool in one op.
 
-    x: (N, C, H, W). Returns (N, K, P, Q) channels_last whatever the format of ``x``: the network behind it stays so.
+    x: (N, C, H, W) as in ``conv_bn_relu``. Returns (N, K, P, Q), channels_last whatever the format of ``x``, so that the
+    network behind it stays so.
     """
     x = channels_last(x) if _is_fusable_input(x) else x
+    pair = ConvBN(conv, bn)
+    if _is_fusable_input(x) and pool_reason(maxpool) is None and chain_reason([pair], [relu]) is None:
+        _check(x, [pair], None, None)
+        entering, unit = _entering(x), unit_spec(pair)
+        if not folding.serves(ChainSpec((unit,), None, "none", True, "standard"), entering, None, [pair]):
+            pool = PoolSpec(*(as_pair(v)[0] for v in (maxpool.kernel_size, maxpool.stride, maxpool.padding)))
+            with torch.autocast(x.device.type, enabled=False):
+                return stem_chain(unit, pool, entering, _cast(unit_tensors(pair), entering.dtype))
     return maxpool(conv_bn_relu(x, conv, bn, relu))
-
-
-def batch_norm_bn(pair: ConvBN) -> Tensor:
-    """The ``bn`` tensor (4, K) of a BN whose statistics are constants, in float32 or better."""
-    bn = pair.bn
-    return ops.bn_constants(bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps, acc_dtype(bn.running_mean.dtype))

@@ -5,6 +5,11 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.modules import module as _module_globals
 
+from fusedres.problem import as_pair
+
+#: The winning tap of a window is stored in eight bits.
+MAX_POOL_KERNEL = 16
+
 #: Hook tables of a module; a fused call would not run them.
 _HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -59,6 +64,20 @@ def batch_norm_reason(bn: nn.Module) -> str | None:
         return reason
     if (bn.running_mean is None) != (bn.running_var is None):
         return "a BN with only one of its running statistics"
+    return None
+
+
+def pool_reason(pool: nn.Module) -> str | None:
+    """Why the max-pool ``pool`` cannot join the stem's BN and ReLU, or None."""
+    reason = plain_reason(pool, nn.MaxPool2d)
+    if reason is not None:
+        return reason
+    if any(len(set(as_pair(v))) > 1 for v in (pool.kernel_size, pool.stride, pool.padding)):
+        return "a max-pool that is not square"
+    if as_pair(pool.dilation) != (1, 1) or pool.ceil_mode or pool.return_indices:
+        return "a max-pool with dilation, ceil_mode or return_indices"
+    if as_pair(pool.kernel_size)[0] > MAX_POOL_KERNEL:
+        return f"a max-pool window of more than {MAX_POOL_KERNEL} pixels a side"
     return None
 
 

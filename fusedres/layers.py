@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from fusedres.autograd import Memory
+from fusedres.specs import Memory
 from fusedres.functional import ConvBN, chain_reason, residual_chain
 from fusedres.problem import Pair, as_pair
 
@@ -57,7 +57,9 @@ class FusedConvBNReLU(nn.Module):
         return chain_reason(self.pairs, self._activations)
 
     def forward(self, x: Tensor) -> Tensor:
-        return residual_chain(x, self.pairs, None, bool(self._activations), self.memory, self._unfused, self._activations)
+        return residual_chain(
+            x, self.pairs, None, bool(self._activations), self.memory, self._unfused, self._activations
+        )
 
     def _unfused(self, x: Tensor) -> Tensor:
         return self.relu(self.bn(self.conv(x)))

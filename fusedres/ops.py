@@ -286,7 +286,9 @@ def pointwise_dgrad(
     return _activation(g, g.shape[0], x.shape[1], g.shape[2], g.shape[3]), prev_sums
 
 
-@_register("bn_relu_maxpool(Tensor z, Tensor bn, SymInt kernel_size, SymInt stride, SymInt padding) -> (Tensor, Tensor)")
+@_register(
+    "bn_relu_maxpool(Tensor z, Tensor bn, SymInt kernel_size, SymInt stride, SymInt padding) -> (Tensor, Tensor)"
+)
 def bn_relu_maxpool(z: Tensor, bn: Tensor, kernel_size: int, stride: int, padding: int) -> tuple[Tensor, Tensor]:
     """The stem's tail ``maxpool(relu(scale*z + shift))`` (N, K, P, Q), and for each output the winning tap (uint8).
 

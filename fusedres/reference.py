@@ -24,9 +24,7 @@ def _input(x: Tensor, in_bn: Tensor | None) -> Tensor:
     return x if in_bn is None else scale_shift_add_relu(x, in_bn, None, None, True)
 
 
-def _output_gradient(
-    g: Tensor, z: Tensor | None, bn: Tensor | None, sums: Tensor | None, inv_count: float
-) -> Tensor:
+def _output_gradient(g: Tensor, z: Tensor | None, bn: Tensor | None, sums: Tensor | None, inv_count: float) -> Tensor:
     """The prologue on a gradient: dz, or ``g`` where it is that already."""
     return g if z is None or bn is None or sums is None else dbn(g, z, bn, sums, inv_count)
 

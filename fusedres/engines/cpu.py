@@ -131,7 +131,9 @@ class CPUEngine(Engine):
             return kernels.conv_wgrad(g, z, bn, sums, inv_count, x, in_bn, kernel_size, stride, padding, dilation)
         dz = g if z is None else kernels.dbn(g, z, bn, sums, inv_count)
         w = channels_last(x.new_empty(g.shape[1], x.shape[1] // groups, *kernel_size))  # only its shape is read
-        dw = reference.convolution_backward(dz, _input(x, in_bn), w, stride, padding, dilation, groups, (False, True))[1]
+        dw = reference.convolution_backward(dz, _input(x, in_bn), w, stride, padding, dilation, groups, (False, True))[
+            1
+        ]
         return channels_last(dw)
 
     @staticmethod

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedres.engines import FoldedChain, FoldedConv
+from fusedres.layout import pixel_matrix
 from fusedres.problem import ConvProblem
 
 _mkldnn = torch.ops.mkldnn
@@ -48,7 +49,11 @@ def _probe(dtype: torch.dtype) -> str | None:
     packed = pack(conv, x.shape)
     results = (_call(x, packed, x, True), _call_into(x.clone(memory_format=torch.preserve_format), x, packed, True))
     close = all(torch.allclose(result, expected, atol=1e-2) for result in results)
-    return None if close and torch.allclose(_call(x, packed, None, False), plain, atol=1e-2) else "they compute other numbers"
+    return (
+        None
+        if close and torch.allclose(_call(x, packed, None, False), plain, atol=1e-2)
+        else "they compute other numbers"
+    )
 
 
 def pack(conv: FoldedConv, x_shape: torch.Size) -> FoldedConv:
@@ -82,8 +87,9 @@ def _call_into(out: Tensor, x: Tensor, conv: FoldedConv, relu: bool) -> Tensor:
 
 def max_abs(x: Tensor) -> float:
     """Largest magnitude; NaN or infinity where ``x`` holds one."""
-    low, high = torch.aminmax(x)
-    return max(abs(low.item()), abs(high.item())) if not math.isnan(low.item()) else math.nan
+    dense = pixel_matrix(x).reshape(-1) if x.dim() == 4 else x  # aminmax is ten times slower on channels_last strides
+    low, high = (v.item() for v in torch.aminmax(dense))
+    return math.nan if math.isnan(low) else max(abs(low), abs(high))
 
 
 def conv_gain(conv: FoldedConv) -> tuple[float, float]:

@@ -1,0 +1,133 @@
+"""One autograd Function for a whole chain of conv-BN-ReLU units with a shortcut: its forward and what it keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fusedres import dispatch, ops
+from fusedres.autograd.backward import ChainBackward
+from fusedres.autograd.unit import Operand, Saved, bn_vectors, materialise, stored_unit
+from fusedres.problem import ConvProblem
+from fusedres.specs import ChainSpec, UnitSpec, UnitTensors, is_closed
+
+
+def chain(
+    spec: ChainSpec, x: Tensor, residual: Tensor | None, units: Sequence[UnitTensors], projection: UnitTensors | None
+) -> Tensor:
+    """Run a chain differentiably: ``x`` (N, C, H, W) -> (N, K, P, Q), both channels_last."""
+    tensors = [t for unit in (*units, *([projection] if projection else [])) for t in unit]
+    return ChainFunction.apply(spec, x, residual, *tensors)[0]
+
+
+def _units(flat: Sequence[Tensor | None]) -> list[UnitTensors]:
+    width = len(UnitTensors._fields)
+    return [UnitTensors(*flat[i : i + width]) for i in range(0, len(flat), width)]
+
+
+class ClosedUnit(NamedTuple):
+    moments: Tensor
+    bn: Tensor
+    w: Tensor
+    bias: Tensor
+
+
+def _closed_unit(unit: UnitSpec, t: UnitTensors, a: Operand) -> ClosedUnit:
+    """BN vectors and the folded conv of a closed unit, before its conv has run."""
+    problem = ConvProblem.of(a.x, t.w, *unit.conv)
+    moments = ops.input_moments(a.x, a.bn, unit.stride)
+    bn = bn_vectors(unit, t, ops.pointwise_stats(moments, t.w, t.conv_bias, problem.gemm_m), a.x.dtype)
+    return ClosedUnit(moments, bn, *ops.bn_fold(t.w, t.conv_bias, bn))
+
+
+def _projection(spec: ChainSpec, t: UnitTensors, x: Tensor) -> tuple[Saved, Tensor, Tensor | None]:
+    """The projection shortcut: what it saves, and the residual with the ``bn`` that is still to be applied to it."""
+    unit = spec.projection
+    assert unit is not None
+    if is_closed(unit, x.shape, t.w.shape):
+        closed = _closed_unit(unit, t, Operand(x, None))
+        residual, _ = ops.conv_fprop(x, closed.w, closed.bias, None, None, *unit.conv, False, False)
+        return Saved(closed.bn, None, closed.moments), residual, None
+    z, bn = stored_unit(unit, t, Operand(x, None))
+    return Saved(bn, z, None), z, bn
+
+
+def _forward(
+    spec: ChainSpec, x: Tensor, residual: Tensor | None, tensors: list[UnitTensors]
+) -> tuple[Tensor, list[Saved]]:
+    """The chain's output, and what each unit (the projection last) saves."""
+    saved = []
+    a = Operand(x, None)
+    for unit, t in zip(spec.units[:-1], tensors, strict=False):
+        z, bn = stored_unit(unit, t, a)
+        saved.append(Saved(bn, z, None))
+        a = materialise(Operand(z, bn))
+    residual_bn = None
+    if spec.residual == "input":
+        residual = x
+    elif spec.residual == "projection":
+        projection_saved, residual, residual_bn = _projection(spec, tensors[-1], x)
+    y, last = _last_unit(spec, tensors[len(spec.units) - 1], a, residual, residual_bn)
+    saved.append(last)
+    if spec.residual == "projection":
+        saved.append(projection_saved)
+    return y, saved
+
+
+def _last_unit(
+    spec: ChainSpec, t: UnitTensors, a: Operand, residual: Tensor | None, residual_bn: Tensor | None
+) -> tuple[Tensor, Saved]:
+    """The last conv with BN, residual and ReLU: in one op where the unit is closed, else conv and tail."""
+    unit = spec.units[-1]
+    if is_closed(unit, a.x.shape, t.w.shape):
+        if residual is not None and residual_bn is not None:
+            residual = ops.scale_shift_add_relu(residual, residual_bn, None, None, False)
+        closed = _closed_unit(unit, t, a)
+        y, _ = ops.conv_fprop(a.x, closed.w, closed.bias, residual, a.bn, *unit.conv, spec.relu, False)
+        return y, Saved(closed.bn, None, closed.moments)
+    z, bn = stored_unit(unit, t, a)
+    return ops.scale_shift_add_relu(z, bn, residual, residual_bn, spec.relu), Saved(bn, z, None)
+
+
+def _keep(spec: ChainSpec, saved: list[Saved], tensors: list[UnitTensors]) -> list[Saved]:
+    """What of ``saved`` survives until backward: all in "standard" mode.
+
+    "recompute" drops what one conv brings back: the output of a pointwise first conv, of the last and of the projection.
+    """
+    if spec.memory == "standard":
+        return saved
+    last = len(spec.units) - 1
+    first_kept = 1 if tensors[0].w.shape[2:] == (1, 1) else 0
+    return [s if first_kept <= i < last else s._replace(z=None) for i, s in enumerate(saved)]
+
+
+class ChainFunction(torch.autograd.Function):
+    """``apply(spec, x, residual, *unit tensors) -> (y, *saved)``; the saved tensors are for backward alone."""
+
+    @staticmethod
+    def forward(spec: ChainSpec, x: Tensor, residual: Tensor | None, *flat: Tensor | None) -> tuple[Tensor | None, ...]:
+        tensors = _units(flat)
+        y, saved = _forward(spec, x, residual, tensors)
+        return y, *(t for unit in _keep(spec, saved, tensors) for t in unit)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        spec, x, _, *flat = inputs
+        y, *saved = output
+        ctx.mark_non_differentiable(*(t for t in saved if t is not None))
+        ctx.set_materialize_grads(False)
+        ctx.spec = spec
+        parameters = [t for unit in _units(flat) for t in unit[:3]]  # w, conv_bias, weight
+        ctx.save_for_backward(x, y if spec.relu else None, *parameters, *saved)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
+        with dispatch.engine(ctx.spec.engine), torch.autocast(dy.device.type, enabled=False):
+            return None, *ChainBackward(ctx).run(dy)

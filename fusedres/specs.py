@@ -1,0 +1,80 @@
+"""What a fused chain is told: the fixed part of each conv and BN, their tensors, and how the chain ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedres import dispatch
+from fusedres.problem import ConvProblem, Pair
+
+Memory = Literal["standard", "recompute"]
+Residual = Literal["none", "input", "tensor", "projection"]
+
+
+@dataclass(frozen=True)
+class UnitSpec:
+    """What does not change from step to step in one conv and its BN."""
+
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    groups: int
+    batch_stats: bool  # BN normalises by this batch, else by its running statistics
+    momentum: float | None
+    eps: float
+
+    @property
+    def conv(self) -> tuple[Pair, Pair, Pair, int]:
+        return self.stride, self.padding, self.dilation, self.groups
+
+
+class UnitTensors(NamedTuple):
+    """The tensors of one conv and its BN; what a module lacks is None. Running statistics are None where BN has none
+    or must not move them; with ``batch_stats`` false they are the constants."""
+
+    w: Tensor
+    conv_bias: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+
+
+class PoolSpec(NamedTuple):
+    """A square max-pool whose padding never wins."""
+
+    kernel_size: int
+    stride: int
+    padding: int
+
+
+@dataclass(frozen=True)
+class ChainSpec:
+    """A chain: its units in order, the unit of a projection shortcut, and how the residual and the ReLU end it.
+
+    ``residual``: "none"; "input" (an identity shortcut); "tensor" (a tensor given); "projection" (a conv and its BN).
+    """
+
+    units: tuple[UnitSpec, ...]
+    projection: UnitSpec | None
+    residual: Residual
+    relu: bool
+    memory: Memory
+    engine: str | None = field(default_factory=dispatch.forced)
+
+
+def is_closed(unit: UnitSpec, x_shape: Sequence[int], w_shape: Sequence[int]) -> bool:
+    """Whether the unit runs without storing its conv's output.
+
+    It must be pointwise, widen the tensor (then the C x C products cost less than the K x C ones they replace) and see
+    enough pixels that products with the C x C moments stay small beside the conv itself.
+    """
+    problem = ConvProblem.of(torch.Size(x_shape), torch.Size(w_shape), *unit.conv)
+    widens = problem.K >= 2 * problem.C
+    return unit.batch_stats and problem.is_pointwise and widens and problem.gemm_m >= 4 * problem.C
