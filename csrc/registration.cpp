@@ -1,6 +1,16 @@
 // The native library's implementations. Their schemas are Python's: fusedres/native.py.
 #include <torch/csrc/stable/library.h>
 
-#include "cpu/fingerprint.h"
+#include "cpu/ops.h"
 
-STABLE_TORCH_LIBRARY_IMPL(fusedres_cpu, CPU, m) { m.impl("fingerprint", TORCH_BOX(&fusedres::cpu::fingerprint)); }
+STABLE_TORCH_LIBRARY_IMPL(fusedres_cpu, CPU, m) {
+  using namespace fusedres::cpu;
+  m.impl("channel_stats", TORCH_BOX(&channel_stats));
+  m.impl("scale_shift_add_relu", TORCH_BOX(&scale_shift_add_relu));
+  m.impl("drelu_dbn", TORCH_BOX(&drelu_dbn));
+  m.impl("drelu_dbn_", TORCH_BOX(&drelu_dbn_inplace));
+  m.impl("dbn", TORCH_BOX(&dbn));
+  m.impl("bn_relu_maxpool", TORCH_BOX(&bn_relu_maxpool));
+  m.impl("bn_relu_maxpool_backward", TORCH_BOX(&bn_relu_maxpool_backward));
+  m.impl("fingerprint", TORCH_BOX(&fingerprint));
+}

@@ -2,6 +2,8 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
+
 namespace fusedres::cpu {
 namespace {
 
@@ -44,6 +46,12 @@ bool is_channels_last(const Tensor& tensor) {
   return true;
 }
 
+bool is_cpu_tensor(const Tensor& tensor, ScalarType dtype, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  const auto actual = tensor.sizes();
+  return tensor.is_cpu() && tensor.scalar_type() == dtype &&
+         std::equal(actual.begin(), actual.end(), sizes.begin(), sizes.end());
+}
+
 }  // namespace
 
 std::string describe(const Tensor& tensor) {
@@ -62,18 +70,21 @@ Activation check_activation(const Tensor& tensor, const char* name) {
   return {tensor.size(0), tensor.size(1), tensor.size(2), tensor.size(3)};
 }
 
+void check_channels_last(const Tensor& tensor, const char* name, ScalarType dtype, const Activation& sizes) {
+  const std::vector<int64_t> expected{sizes.N, sizes.C, sizes.H, sizes.W};
+  require(is_cpu_tensor(tensor, dtype, expected) && is_channels_last(tensor), name, " is ", describe(tensor),
+          ", expected a dense channels_last ", dtype_name(dtype), " CPU tensor ", tuple(expected));
+}
+
 void check_like(const Tensor& tensor, const char* name, const Tensor& like, const char* like_name) {
-  check_activation(tensor, name);
-  bool same = tensor.scalar_type() == like.scalar_type();
-  for (int axis = 0; axis < 4; ++axis) same = same && tensor.size(axis) == like.size(axis);
-  require(same, name, " is ", describe(tensor), ", expected the sizes and dtype of ", like_name, ": ", describe(like));
+  require(is_cpu_tensor(tensor, like.scalar_type(), like.sizes()) && is_channels_last(tensor), name, " is ",
+          describe(tensor), ", expected it dense channels_last with the sizes and dtype of ", like_name, ": ",
+          describe(like));
 }
 
 void check_tensor(const Tensor& tensor, const char* name, ScalarType dtype, const std::vector<int64_t>& sizes) {
-  bool fits = tensor.is_cpu() && tensor.scalar_type() == dtype && tensor.dim() == static_cast<int64_t>(sizes.size());
-  for (size_t axis = 0; fits && axis < sizes.size(); ++axis) fits = tensor.size(axis) == sizes[axis];
-  require(fits && tensor.is_contiguous(), name, " is ", describe(tensor), ", expected a contiguous ", dtype_name(dtype),
-          " CPU tensor ", tuple(sizes));
+  require(is_cpu_tensor(tensor, dtype, sizes) && tensor.is_contiguous(), name, " is ", describe(tensor),
+          ", expected a contiguous ", dtype_name(dtype), " CPU tensor ", tuple(sizes));
 }
 
 void check_channels(const Tensor& tensor, const char* name, ScalarType dtype, int64_t rows, int64_t channels) {

@@ -46,6 +46,9 @@ struct Activation {
 // a tensor without elements) has no meaning and may be anything.
 Activation check_activation(const Tensor& tensor, const char* name);
 
+// A dense channels_last tensor of `dtype` and `sizes`.
+void check_channels_last(const Tensor& tensor, const char* name, ScalarType dtype, const Activation& sizes);
+
 // An activation of the same sizes and dtype as `like`.
 void check_like(const Tensor& tensor, const char* name, const Tensor& like, const char* like_name);
 
@@ -62,13 +65,13 @@ Tensor new_activation(const Activation& sizes, ScalarType dtype);
 Tensor new_tensor(const std::vector<int64_t>& sizes, ScalarType dtype);
 
 template <typename T>
-const T* data(const Tensor& tensor) {
+const T* const_data(const Tensor& tensor) {
   return static_cast<const T*>(tensor.const_data_ptr());
 }
 
 template <typename T>
-const T* data(const std::optional<Tensor>& tensor) {
-  return tensor ? data<T>(*tensor) : nullptr;
+const T* const_data(const std::optional<Tensor>& tensor) {
+  return tensor ? const_data<T>(*tensor) : nullptr;
 }
 
 template <typename T>

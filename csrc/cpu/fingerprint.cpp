@@ -1,10 +1,9 @@
-#include "cpu/fingerprint.h"
-
 #include <algorithm>
 #include <cstring>
 #include <utility>
 
 #include "cpu/checks.h"
+#include "cpu/ops.h"
 #include "cpu/parallel.h"
 
 namespace fusedres::cpu {
@@ -73,14 +72,15 @@ uint64_t hash_layout(uint64_t state, const Tensor& tensor) {
 
 }  // namespace
 
-Tensor fingerprint(std::vector<Tensor> tensors) {
+Tensor fingerprint(const std::vector<Tensor>& tensors) {
   uint64_t result = kSeed;
+  std::vector<Tensor> dense;  // keeps the copies of tensors with gaps alive
   std::vector<Piece> pieces;
-  for (Tensor& tensor : tensors) {
+  for (const Tensor& tensor : tensors) {
     require(tensor.is_cpu(), "fingerprint of ", describe(tensor), ", expected CPU tensors");
     result = hash_layout(result, tensor);
-    if (!is_dense(tensor)) tensor = torch::stable::contiguous(tensor);
-    const auto* bytes = static_cast<const unsigned char*>(tensor.const_data_ptr());
+    dense.push_back(is_dense(tensor) ? tensor : torch::stable::contiguous(tensor));
+    const auto* bytes = const_data<unsigned char>(dense.back());
     const int64_t size = tensor.numel() * static_cast<int64_t>(tensor.element_size());
     for (int64_t offset = 0; offset < size; offset += kPieceBytes)
       pieces.push_back({bytes + offset, std::min(kPieceBytes, size - offset)});

@@ -8,7 +8,7 @@
 
 namespace fusedres::cpu {
 
-// A partition of rows into chunks; it depends on the problem alone, never on the number of threads.
+// A partition of `rows` into chunks. It follows from the problem alone, never from the number of threads.
 struct Chunks {
   int64_t rows, rows_per_chunk;
 
@@ -17,11 +17,12 @@ struct Chunks {
   int64_t end(int64_t chunk) const { return std::min(rows, begin(chunk) + rows_per_chunk); }
 };
 
-// Chunks of about 256 KiB, a multiple of `align` rows, and at most `most` of them: each reduction keeps its per-channel
-// state once per chunk.
-inline Chunks chunks_of(int64_t rows, int64_t row_bytes, int64_t align, int64_t most) {
+// Chunks of about 256 KiB, whole multiples of `align` rows. At most 256 of them, for a reduction keeps the state of all
+// channels once per chunk.
+inline Chunks chunks_of(int64_t rows, int64_t row_bytes, int64_t align = 1) {
   constexpr int64_t kChunkBytes = 256 << 10;
-  const int64_t wanted = std::max(kChunkBytes / std::max<int64_t>(row_bytes, 1), (rows + most - 1) / most);
+  constexpr int64_t kMostChunks = 256;
+  const int64_t wanted = std::max(kChunkBytes / std::max<int64_t>(row_bytes, 1), (rows - 1) / kMostChunks + 1);
   return {rows, std::max<int64_t>((wanted + align - 1) / align, 1) * align};
 }
 

@@ -127,10 +127,62 @@ FUSEDRES_INLINE void store_partial(T* to, Vec<acc_t<T>> value, int64_t count) {
   std::memcpy(to, buffer, count * sizeof(T));
 }
 
-// max(value, 0) that keeps NaN and -0, as torch.relu does.
-template <typename V>
-FUSEDRES_INLINE V relu(V value) {
-  return value < V{} ? V{} : value;
+// A value as a tensor of T holds it.
+template <typename T>
+FUSEDRES_INLINE Vec<acc_t<T>> as_stored(Vec<acc_t<T>> value) {
+  if constexpr (sizeof(T) == 2) return widen(narrow(value, T{}), T{});
+  return value;
+}
+
+// The first kLanes<T> lanes or, at the ragged end of a row, fewer: how a loop body reads and writes without knowing
+// which.
+struct AllLanes {
+  template <typename Element, typename Bits>
+  FUSEDRES_INLINE void load_bits(const Element* from, Bits& bits) const {
+    std::memcpy(&bits, from, sizeof bits);
+  }
+  template <typename Element, typename Bits>
+  FUSEDRES_INLINE void store_bits(Element* to, Bits bits) const {
+    std::memcpy(to, &bits, sizeof bits);
+  }
+  template <typename T>
+  FUSEDRES_INLINE Vec<acc_t<T>> load(const T* from) const {
+    return FUSEDRES_ISA::load(from);
+  }
+  template <typename T, typename V>
+  FUSEDRES_INLINE void store(T* to, V value) const {
+    FUSEDRES_ISA::store(to, value);
+  }
+};
+
+struct SomeLanes {
+  int64_t count;
+
+  template <typename Element, typename Bits>
+  FUSEDRES_INLINE void load_bits(const Element* from, Bits& bits) const {
+    bits = Bits{};
+    std::memcpy(&bits, from, count * sizeof(Element));
+  }
+  template <typename Element, typename Bits>
+  FUSEDRES_INLINE void store_bits(Element* to, Bits bits) const {
+    std::memcpy(to, &bits, count * sizeof(Element));
+  }
+  template <typename T>
+  FUSEDRES_INLINE Vec<acc_t<T>> load(const T* from) const {
+    return load_partial(from, count);
+  }
+  template <typename T, typename V>
+  FUSEDRES_INLINE void store(T* to, V value) const {
+    store_partial(to, value, count);
+  }
+};
+
+// body(lanes, channel) for the vectors of one row of `channels` elements.
+template <typename T, typename Body>
+FUSEDRES_INLINE void for_each_vector(int64_t channels, const Body& body) {
+  int64_t channel = 0;
+  for (; channel + kLanes<T> <= channels; channel += kLanes<T>) body(AllLanes{}, channel);
+  if (channel < channels) body(SomeLanes{channels - channel}, channel);
 }
 
 }  // namespace fusedres::cpu::FUSEDRES_ISA
