@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -45,6 +45,11 @@ def engine(name: str | None) -> Iterator[None]:
         _forced.reset(token)
 
 
+def as_in_forward(name: str | None) -> AbstractContextManager[None]:
+    """The context for the backward of what ran while ``forced()`` was ``name``: nothing where it still is."""
+    return nullcontext() if name == forced() else engine(name)
+
+
 def forced() -> str | None:
     """The engine that ``engine(...)`` or else ``FUSEDRES_ENGINE`` prefers, if any. ValueError for an unknown name."""
     return _forced.get() or _known(os.environ.get("FUSEDRES_ENGINE") or None)
@@ -59,6 +64,12 @@ def _known(name: str | None) -> str | None:
 def choose(op: str, device_type: str, dtype: torch.dtype) -> Choice:
     """The engine for ``op`` on tensors of this device and dtype."""
     return _choose(op, device_type, dtype, forced())
+
+
+@torch.compiler.assume_constant_result
+def fuses_prologue(op: str, device_type: str, dtype: torch.dtype) -> bool:
+    """Whether the engine for ``op`` applies prologues itself; otherwise the caller materialises them."""
+    return choose(op, device_type, dtype).engine.fuses_prologue
 
 
 @functools.cache

@@ -191,7 +191,7 @@ def _bn_rows(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | No
 
 def bn_fold(w: Tensor, bias: Tensor | None, bn: Tensor) -> tuple[Tensor, Tensor]:
     rows = BN.rows(bn)
-    folded_bias = rows.shift if bias is None else rows.shift + bias.to(bn.dtype) * rows.scale
+    folded_bias = rows.shift + (0 if bias is None else bias.to(bn.dtype) * rows.scale)  # never a view of bn
     return (w * rows.scale.view(-1, 1, 1, 1)).to(w.dtype), folded_bias.to(w.dtype)
 
 

@@ -129,5 +129,5 @@ class ChainFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return (None,) * len(ctx.needs_input_grad)
-        with dispatch.engine(ctx.spec.engine), torch.autocast(dy.device.type, enabled=False):
+        with dispatch.as_in_forward(ctx.spec.engine), torch.autocast(dy.device.type, enabled=False):
             return None, *ChainBackward(ctx).run(dy)

@@ -44,7 +44,7 @@ class StemFunction(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         x, w, conv_bias, weight, tap, z, bn = ctx.saved_tensors
         unit, needs_x, needs = ctx.unit, ctx.needs_input_grad[3], UnitNeeds(*ctx.needs_input_grad[4:8])
-        with dispatch.engine(ctx.engine), torch.autocast(dy.device.type, enabled=False):
+        with dispatch.as_in_forward(ctx.engine), torch.autocast(dy.device.type, enabled=False):
             inv_count = 1 / (z.shape[0] * z.shape[2] * z.shape[3]) if unit.batch_stats else 0.0
             dz, sums = ops.bn_relu_maxpool_backward(channels_last(dy), tap, z, bn, *ctx.pool, inv_count)
             lazy = (dz, None, None, None, 0.0)

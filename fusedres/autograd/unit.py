@@ -46,10 +46,7 @@ class Operand(NamedTuple):
 
 def materialise(operand: Operand) -> Operand:
     """The operand as the engine's conv wants it: activated once, if its conv does not apply the prologue itself."""
-    if (
-        operand.bn is None
-        or dispatch.choose("conv_fprop", operand.x.device.type, operand.x.dtype).engine.fuses_prologue
-    ):
+    if operand.bn is None or dispatch.fuses_prologue("conv_fprop", operand.x.device.type, operand.x.dtype):
         return operand
     return Operand(ops.scale_shift_add_relu(operand.x, operand.bn, None, None, True), None)
 
@@ -78,7 +75,7 @@ def output_gradient(
     g: Tensor, z: Tensor, bn: Tensor, sums: Tensor, inv_count: float
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, float]:
     """``dz`` as the first five arguments of conv_dgrad and conv_wgrad: lazily, or materialised for both at once."""
-    if dispatch.choose("conv_dgrad", g.device.type, g.dtype).engine.fuses_prologue:
+    if dispatch.fuses_prologue("conv_dgrad", g.device.type, g.dtype):
         return g, z, bn, sums, inv_count
     return ops.dbn(g, z, bn, sums, inv_count), None, None, None, 0.0
 
