@@ -1,0 +1,103 @@
+"""What the subcommands share: options, the user's errors, checks of devices and of files to be written."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from fusedres import dispatch
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class UserError(Exception):
+    """Something the user can put right; told in one line on stderr, exit code 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def positive(text: str) -> int:
+    """An integer above 0."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """A number above 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+    return value
+
+
+def add_model_options(parser: argparse.ArgumentParser, arch: str) -> None:
+    """Which network, and where and how it runs."""
+    parser.add_argument("--arch", default=arch, help="network (default: %(default)s); an unknown name lists them all")
+    parser.add_argument(
+        "--memory", choices=("standard", "recompute"), default="standard", help="memory mode of the blocks"
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
+    parser.add_argument("--engine", help=f"prefer one engine: {', '.join(dispatch.ENGINES)}")
+    parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, order and augmentation (default: 0)")
+
+
+def select_device(name: str) -> torch.device:
+    """The device of that name; UserError where this machine lacks it."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device {name!r} cannot be used: networks run on cpu or cuda")
+    return device
+
+
+def select_engine(name: str | None) -> Any:
+    """The context in which ``name`` is the preferred engine; UserError where it is unknown or missing."""
+    if name is None:
+        return dispatch.engine(None)
+    if name not in dispatch.ENGINES:
+        raise UserError(f"no engine is named {name!r}; there are {', '.join(dispatch.ENGINES)}")
+    if dispatch.ENGINES[name].missing is not None:
+        raise UserError(f"the engine {name} cannot be used: {dispatch.ENGINES[name].missing}")
+    return dispatch.engine(name)
+
+
+def set_threads(threads: int | None) -> None:
+    """How many threads torch computes with, where the user chose."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def writable_file(path: Path) -> Path:
+    """``path``, its folder made where missing; UserError, before any work is done, where it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        existed = path.exists()
+        with path.open("ab"):
+            pass
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    return path
+
+
+def writable_folder(path: Path) -> Path:
+    """The folder ``path``, made where missing; UserError where nothing can be written into it."""
+    writable_file(path / ".probe")
+    return path
