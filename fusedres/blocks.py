@@ -1,4 +1,4 @@
-"""The residual blocks: torchvision's constructors, attributes and state_dict, one fused chain in place of their forward."""
+"""The residual blocks: torchvision's constructors, attributes and state_dict, and one fused chain for a forward."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from fusedres.specs import Memory
 from fusedres.functional import ConvBN, chain_reason, residual_chain
-from fusedres.inspection import hook_reason, plain_reason
+from fusedres.inspection import plain_reason
+from fusedres.specs import Memory
 
 NormLayer = Callable[..., nn.Module]
 
@@ -49,9 +49,12 @@ class _FusedBlock(nn.Module):
     def projection(self) -> ConvBN | None:
         """The shortcut's conv and BN, where the downsample is just that."""
         downsample = self.downsample
-        if downsample is None or plain_reason(downsample, nn.Sequential) is not None or len(downsample) != 2:
+        if downsample is None or plain_reason(downsample, nn.Sequential) is not None:
             return None
-        pair = ConvBN(*downsample)
+        modules = list(downsample.children())
+        if len(modules) != 2:
+            return None
+        pair = ConvBN(*modules)  # type: ignore[arg-type]  # of which kind they are, chain_reason asks
         return pair if chain_reason([pair], ()) is None else None
 
     def reason(self) -> str | None:
@@ -59,21 +62,22 @@ class _FusedBlock(nn.Module):
         return chain_reason(self.pairs, [self.relu])
 
     def forward(self, x: Tensor) -> Tensor:
-        shortcut: ConvBN | Tensor = x
-        if self.downsample is not None:
-            shortcut = self.projection or self.downsample(x)
+        projection = self.projection
+        given = self._shortcut(x) if projection is None else None
         return residual_chain(
-            x, self.pairs, shortcut, True, self.memory, lambda x: self._unfused(x, shortcut), [self.relu]
+            x, self.pairs, projection or given, True, self.memory, lambda x: self._unfused(x, given), [self.relu]
         )
 
-    def _unfused(self, x: Tensor, shortcut: ConvBN | Tensor) -> Tensor:
+    def _shortcut(self, x: Tensor) -> Tensor:
+        return x if self.downsample is None else self.downsample(x)
+
+    def _unfused(self, x: Tensor, shortcut: Tensor | None) -> Tensor:
         y = x
         for i, (conv, bn) in enumerate(self.pairs, 1):
             y = bn(conv(y))
             if i < self.depth:
                 y = self.relu(y)
-        identity = self.downsample(x) if isinstance(shortcut, ConvBN) and self.downsample is not None else shortcut
-        return self.relu(y + identity)
+        return self.relu(y + (self._shortcut(x) if shortcut is None else shortcut))
 
 
 class FusedBasicBlock(_FusedBlock):

@@ -74,7 +74,7 @@ def fuses_prologue(op: str, device_type: str, dtype: torch.dtype) -> bool:
 
 @functools.cache
 def _choose(op: str, device_type: str, dtype: torch.dtype, first: str | None) -> Choice:
-    passed_over = []
+    passed_over: list[tuple[str, str]] = []
     for candidate in sorted(ENGINES.values(), key=lambda e: e.name != first):
         reason = candidate.rejects(op, device_type, dtype)
         if reason is None:

@@ -26,7 +26,7 @@ class Row(NamedTuple):
 
 
 def explain(model: nn.Module) -> list[Row]:
-    """A row for every fused block or layer of ``model``, in module order, judged by its parameters' device and dtype."""
+    """A row for every fused block or layer of ``model``, in order, judged by its parameters' device and dtype."""
     kinds = (FusedBasicBlock, FusedBottleneck, FusedConvBNReLU)
     return [_row(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
 

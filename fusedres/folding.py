@@ -1,8 +1,8 @@
 """Eval without gradients: BN folded into the convs, kept for as long as the parameters stay what they were.
 
-A folded chain is remembered per module and checked at every use: by identity and version counter of every tensor it came
-from and, where the native library can read them at memory speed, by a fingerprint of every byte, for writes
-through ``.data`` move no counter. What cannot be checked is folded anew at every call.
+A folded chain is remembered per module and checked at every use: by identity and version counter of every tensor it
+came from, and by a fingerprint of every byte, for writes through ``.data`` move no counter. The native library reads
+them at memory speed; what cannot be checked so is folded anew at every call.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from fusedres import dispatch, native, ops
-from fusedres.specs import ChainSpec, UnitSpec
 from fusedres.engines import FoldedChain, FoldedConv, FoldedRun
 from fusedres.layout import acc_dtype
+from fusedres.specs import ChainSpec, UnitSpec
 
 if TYPE_CHECKING:
     from fusedres.functional import ConvBN
@@ -46,7 +46,7 @@ def serves(spec: ChainSpec, x: Tensor, residual: Tensor | None, pairs: Sequence[
 def _sources(pair: ConvBN) -> tuple[Tensor | None, ...]:
     """Every tensor that the folded form of a conv and its BN depends on."""
     conv, bn = pair
-    return conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var  # type: ignore[return-value]
+    return conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var
 
 
 def run(spec: ChainSpec, x: Tensor, residual: Tensor | None, pairs: Sequence[ConvBN]) -> Tensor:

@@ -16,17 +16,17 @@ from torch import Tensor, nn
 
 from fusedres import folding
 from fusedres.autograd import chain, stem_chain
-from fusedres.specs import ChainSpec, Memory, PoolSpec, Residual, UnitSpec, UnitTensors
 from fusedres.inspection import batch_norm_reason, conv_reason, plain_reason, pool_reason
 from fusedres.layout import channels_last
 from fusedres.problem import ConvProblem, as_pair
+from fusedres.specs import ChainSpec, Memory, PoolSpec, Residual, UnitSpec, UnitTensors
 
 
 class ConvBN(NamedTuple):
-    """A conv and the BN behind it."""
+    """A conv and the BN behind it, of the types that ``fusedres.inspection`` accepts or not; those are asked first."""
 
     conv: nn.Conv2d
-    bn: nn.Module
+    bn: Any  # BatchNorm2d or FrozenBatchNorm2d, which share no base with these attributes
 
 
 def unit_spec(pair: ConvBN) -> UnitSpec:
@@ -104,9 +104,10 @@ def residual_chain(
         residual = "projection"
     elif shortcut is not None:
         residual = "input" if shortcut is x else "tensor"
-    _check(x, pairs, projection, shortcut if residual == "tensor" else None)
+    given = shortcut if isinstance(shortcut, Tensor) and residual == "tensor" else None
+    _check(x, pairs, projection, given)
     x_format, x = x, _entering(x)
-    given = _entering(shortcut) if isinstance(shortcut, Tensor) and residual == "tensor" else None
+    given = None if given is None else _entering(given)
     spec = ChainSpec(
         tuple(unit_spec(p) for p in pairs), unit_spec(projection) if projection else None, residual, relu, memory
     )
@@ -205,7 +206,8 @@ def stem(x: Tensor, conv: nn.Conv2d, bn: nn.Module, relu: nn.Module, maxpool: nn
     """
     x = channels_last(x) if _is_fusable_input(x) else x
     pair = ConvBN(conv, bn)
-    if _is_fusable_input(x) and pool_reason(maxpool) is None and chain_reason([pair], [relu]) is None:
+    is_fusable = _is_fusable_input(x) and pool_reason(maxpool) is None and chain_reason([pair], [relu]) is None
+    if is_fusable and isinstance(maxpool, nn.MaxPool2d):
         _check(x, [pair], None, None)
         entering, unit = _entering(x), unit_spec(pair)
         if not folding.serves(ChainSpec((unit,), None, "none", True, "standard"), entering, None, [pair]):

@@ -46,7 +46,7 @@ def hook_reason(module: nn.Module) -> str | None:
 def conv_reason(conv: nn.Module) -> str | None:
     """Why ``conv`` cannot be fused, or None."""
     reason = plain_reason(conv, nn.Conv2d)
-    if reason is not None:
+    if reason is not None or not isinstance(conv, nn.Conv2d):
         return reason
     if conv.padding_mode != "zeros":
         return f"padding_mode {conv.padding_mode!r}"
@@ -70,7 +70,7 @@ def batch_norm_reason(bn: nn.Module) -> str | None:
 def pool_reason(pool: nn.Module) -> str | None:
     """Why the max-pool ``pool`` cannot join the stem's BN and ReLU, or None."""
     reason = plain_reason(pool, nn.MaxPool2d)
-    if reason is not None:
+    if reason is not None or not isinstance(pool, nn.MaxPool2d):
         return reason
     if any(len(set(as_pair(v))) > 1 for v in (pool.kernel_size, pool.stride, pool.padding)):
         return "a max-pool that is not square"

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from fusedres.specs import Memory
 from fusedres.functional import ConvBN, chain_reason, residual_chain
 from fusedres.problem import Pair, as_pair
+from fusedres.specs import Memory
 
 
 class FusedConvBNReLU(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -40,7 +41,7 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def pixel_matrix(x: Tensor, stride: tuple[int, int] | list[int] = (1, 1)) -> Tensor:
+def pixel_matrix(x: Tensor, stride: Sequence[int] = (1, 1)) -> Tensor:
     """(N, C, H, W) channels_last -> (N*P*Q, C): the pixels of every ``stride``-th row and column, as GEMM rows."""
     x = x[:, :, :: stride[0], :: stride[1]] if tuple(stride) != (1, 1) else x
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])

@@ -237,7 +237,7 @@ def dbn(g: Tensor, z: Tensor, bn: Tensor, sums: Tensor, inv_count: float) -> Ten
 
 
 def input_moments(x: Tensor, in_bn: Tensor | None, stride: Sequence[int]) -> Tensor:
-    rows = pixel_matrix(_input(x, in_bn), tuple(stride)).to(acc_dtype(x.dtype))
+    rows = pixel_matrix(_input(x, in_bn), stride).to(acc_dtype(x.dtype))
     mean = rows.mean(0)
     centred = rows - mean
     return torch.cat([centred.t() @ centred, mean[None]])
@@ -265,7 +265,7 @@ def pointwise_wgrad(
     stride: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     acc = acc_dtype(g.dtype)
-    centred = pixel_matrix(_input(x, in_bn), tuple(stride)).to(acc) - moments[-1]
+    centred = pixel_matrix(_input(x, in_bn), stride).to(acc) - moments[-1]
     return pointwise_wgrad_from_product(pixel_matrix(g).to(acc).t() @ centred, sum_g, moments, w, bn, inv_count)
 
 
@@ -305,7 +305,7 @@ def pointwise_dgrad(
 ) -> tuple[Tensor, Tensor]:
     acc = acc_dtype(g.dtype)
     from_g, from_x, constant = pointwise_dgrad_operands(moments, w, bn, sums, inv_count)
-    a = pixel_matrix(_input(x, in_bn), tuple(stride)).to(acc)
+    a = pixel_matrix(_input(x, in_bn), stride).to(acc)
     rows = pixel_matrix(g).to(acc) @ from_g + a @ from_x + constant
     dx = from_pixel_matrix(rows.to(g.dtype), g.shape[0], g.shape[2], g.shape[3])
     return _input_gradient(dx, None, (1, 1), prev_z, prev_bn)

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from fusedres import dispatch, ops
 from fusedres.autograd.backward import ChainBackward
-from fusedres.autograd.unit import Operand, Saved, bn_vectors, materialise, stored_unit
+from fusedres.autograd.unit import Operand, Saved, bn_vectors, materialise, stored_unit, unit_tensors
 from fusedres.problem import ConvProblem
 from fusedres.specs import ChainSpec, UnitSpec, UnitTensors, is_closed
 
@@ -22,11 +22,6 @@ def chain(
     """Run a chain differentiably: ``x`` (N, C, H, W) -> (N, K, P, Q), both channels_last."""
     tensors = [t for unit in (*units, *([projection] if projection else [])) for t in unit]
     return ChainFunction.apply(spec, x, residual, *tensors)[0]
-
-
-def _units(flat: Sequence[Tensor | None]) -> list[UnitTensors]:
-    width = len(UnitTensors._fields)
-    return [UnitTensors(*flat[i : i + width]) for i in range(0, len(flat), width)]
 
 
 class ClosedUnit(NamedTuple):
@@ -94,7 +89,7 @@ def _last_unit(
 
 
 def _keep(spec: ChainSpec, saved: list[Saved], tensors: list[UnitTensors]) -> list[Saved]:
-    """What of ``saved`` survives until backward: all in "standard" mode.
+    """What of ``saved`` survives until backward: in "standard" mode all.
 
     "recompute" drops what one conv brings back: the output of a pointwise first conv, of the last and of the projection.
     """
@@ -110,7 +105,7 @@ class ChainFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(spec: ChainSpec, x: Tensor, residual: Tensor | None, *flat: Tensor | None) -> tuple[Tensor | None, ...]:
-        tensors = _units(flat)
+        tensors = unit_tensors(flat)
         y, saved = _forward(spec, x, residual, tensors)
         return y, *(t for unit in _keep(spec, saved, tensors) for t in unit)
 
@@ -121,7 +116,7 @@ class ChainFunction(torch.autograd.Function):
         ctx.mark_non_differentiable(*(t for t in saved if t is not None))
         ctx.set_materialize_grads(False)
         ctx.spec = spec
-        parameters = [t for unit in _units(flat) for t in unit[:3]]  # w, conv_bias, weight
+        parameters = [t for unit in unit_tensors(flat) for t in unit[:3]]  # w, conv_bias, weight
         ctx.save_for_backward(x, y if spec.relu else None, *parameters, *saved)
 
     @staticmethod

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fusedres import dispatch, ops
-from fusedres.autograd.unit import Operand, Parameters, UnitNeeds, parameter_gradients, stored_unit
+from fusedres.autograd.unit import Operand, Parameters, UnitNeeds, parameter_gradients, stored_unit, unit_tensors
 from fusedres.layout import channels_last
 from fusedres.specs import PoolSpec, UnitSpec, UnitTensors
 
@@ -26,7 +26,8 @@ class StemFunction(torch.autograd.Function):
     def forward(
         unit: UnitSpec, pool: PoolSpec, engine: str | None, x: Tensor, *flat: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        z, bn = stored_unit(unit, UnitTensors(*flat), Operand(x, None))
+        (t,) = unit_tensors(flat)
+        z, bn = stored_unit(unit, t, Operand(x, None))
         return *ops.bn_relu_maxpool(z, bn, *pool), z, bn
 
     @staticmethod

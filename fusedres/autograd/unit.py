@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,6 +45,12 @@ class Operand(NamedTuple):
     bn: Tensor | None
 
 
+def unit_tensors(flat: Sequence[Any]) -> list[UnitTensors]:
+    """The tensors of each unit from the flat arguments of a Function."""
+    width = len(UnitTensors._fields)
+    return [UnitTensors(*flat[i : i + width]) for i in range(0, len(flat), width)]
+
+
 def materialise(operand: Operand) -> Operand:
     """The operand as the engine's conv wants it: activated once, if its conv does not apply the prologue itself."""
     if operand.bn is None or dispatch.fuses_prologue("conv_fprop", operand.x.device.type, operand.x.dtype):
@@ -52,9 +59,10 @@ def materialise(operand: Operand) -> Operand:
 
 
 def bn_vectors(unit: UnitSpec, t: UnitTensors, stats: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The unit's ``bn`` (4, K): from batch statistics, moving the running ones, or from the running ones as constants."""
+    """The unit's ``bn`` (4, K): from batch statistics, moving the running ones, or from those as constants."""
     if stats is None:
-        assert t.running_mean is not None and t.running_var is not None
+        assert t.running_mean is not None
+        assert t.running_var is not None
         return ops.bn_constants(t.running_mean, t.running_var, t.weight, t.bias, unit.eps, acc_dtype(dtype))
     return ops.bn_finalize(
         stats, t.weight, t.bias, t.running_mean, t.running_var, t.num_batches_tracked, unit.momentum, unit.eps
@@ -62,6 +70,7 @@ def bn_vectors(unit: UnitSpec, t: UnitTensors, stats: Tensor | None, dtype: torc
 
 
 def run_conv(unit: UnitSpec, t: UnitTensors, a: Operand, genstats: bool) -> tuple[Tensor, Tensor]:
+    """The conv alone: (z, its statistics if asked for)."""
     return ops.conv_fprop(a.x, t.w, t.conv_bias, None, a.bn, *unit.conv, False, genstats)
 
 

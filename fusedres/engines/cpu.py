@@ -16,6 +16,7 @@ from fusedres import native, reference
 from fusedres.engines import Engine, FoldedChain, FoldedConv, FoldedRun
 from fusedres.engines.onednn import PackedChain, onednn_conv, onednn_reason
 from fusedres.layout import acc_dtype, channels_last
+from fusedres.problem import as_pair
 
 kernels = torch.ops.fusedres_cpu
 
@@ -74,7 +75,7 @@ class CPUEngine(Engine):
         if residual is None and not relu:
             y = F.conv2d(x, w, bias, stride, padding, dilation, groups)
         else:
-            conv = FoldedConv(w, bias, stride, padding, dilation, groups)
+            conv = FoldedConv(w, bias, as_pair(stride), as_pair(padding), as_pair(dilation), groups)
             y = onednn_conv(x, conv, residual, relu)
         y = channels_last(y)
         return y, kernels.channel_stats(y) if genstats else y.new_empty(0, dtype=acc_dtype(y.dtype))

@@ -1,6 +1,6 @@
 """oneDNN's convolutions with bias, shortcut add and ReLU inside, as torch ships them for its own compiler.
 
-The calls under ``torch.ops.mkldnn`` are private: they are probed once, and ``onednn_reason`` says why they are not used.
+The calls under ``torch.ops.mkldnn`` are private: they are probed once, ``onednn_reason`` says why they are not used.
 
 oneDNN's ReLU turns NaN into 0 where eager keeps it. A fused ReLU is therefore used only where the magnitudes of all
 operands prove that neither NaN nor infinity can arise; anything else takes a ReLU of its own.
@@ -71,9 +71,8 @@ def _call(x: Tensor, conv: FoldedConv, residual: Tensor | None, relu: bool) -> T
     if residual is None:
         attr = "relu" if relu else "none"
         return _mkldnn._convolution_pointwise(x, w, bias, padding, stride, dilation, groups, attr, [], "")
-    attr = "relu" if relu else None
     return _mkldnn._convolution_pointwise.binary(
-        x, residual, w, bias, padding, stride, dilation, groups, "add", 1.0, attr, [], ""
+        x, residual, w, bias, padding, stride, dilation, groups, "add", 1.0, "relu" if relu else None, [], ""
     )
 
 
