@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -90,27 +89,34 @@ def _need(module: str, package: str, what: str) -> Any:
         raise DataError(f"{what} needs {package}: pip install 'fusedres[train]'") from None
 
 
-def _random_shift(picture: Tensor, reach: int) -> Tensor:
-    """The picture moved by up to ``reach`` pixels along each axis, zeros moving in (a padded random crop)."""
+def _random_shift(picture: Tensor, reach: int, fill: float = 0.0) -> Tensor:
+    """The picture moved by up to ``reach`` pixels along each axis, ``fill`` moving in (a padded random crop)."""
     _, height, width = picture.shape
     top, left = torch.randint(0, 2 * reach + 1, (2,)).tolist()
-    padded = torch.nn.functional.pad(picture, (reach, reach, reach, reach))
+    padded = torch.nn.functional.pad(picture, (reach, reach, reach, reach), value=fill)
     return padded[:, top : top + height, left : left + width]
 
 
 def _resize(pictures: Tensor, size: int) -> Tensor:
-    """(N, 3, H, W) -> (N, 3, size, size), bilinear."""
+    """(N, C, H, W) -> (N, C, size, size), bilinear."""
     if pictures.shape[-2:] == (size, size):
         return pictures
     return torch.nn.functional.interpolate(pictures, size=(size, size), mode="bilinear", align_corners=False)
 
 
-def _normalize(pictures: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    return (pictures - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
-
-
 def _identity(picture: Tensor) -> Tensor:
     return picture
+
+
+@dataclass(frozen=True)
+class _Shift:
+    """The augmentation of digits; no mirror images, for those are no digits."""
+
+    reach: int
+    fill: float
+
+    def __call__(self, picture: Tensor) -> Tensor:
+        return _random_shift(picture, self.reach, self.fill)
 
 
 def _digits(size: int, seed: int) -> Data:
@@ -118,16 +124,12 @@ def _digits(size: int, seed: int) -> Data:
     datasets = _need("sklearn.datasets", "scikit-learn", "the digits data set")
     selection = _need("sklearn.model_selection", "scikit-learn", "the digits data set")
     pixels, labels = datasets.load_digits(return_X_y=True)
-    train, test = selection.train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
-    pictures = torch.from_numpy(pixels).float().view(-1, 1, 8, 8) / 16
-    mean, std = pictures[train].mean().view(1), pictures[train].std().view(1)
-    pictures = _resize(_normalize(pictures, mean, std), size).repeat(1, 3, 1, 1)
+    train, test = selection.train_test_split(range(len(labels)), test_size=0.2, stratify=labels, random_state=0)
+    grey = torch.from_numpy(pixels).float().view(-1, 1, 8, 8)
+    mean, std = grey[train].mean(), grey[train].std()
+    pictures = _resize((grey - mean) / std, size).repeat(1, 3, 1, 1)
     targets = torch.from_numpy(labels).long()
-
-    def shift(picture: Tensor) -> Tensor:
-        return _random_shift(picture - blank, reach) + blank
-
-    blank, reach = float(-mean / std), max(1, size // 8)  # up to one pixel of the 8x8 original
+    shift = _Shift(max(1, size // 8), float(-mean / std))  # up to one pixel of the 8x8 original, blank paper moving in
     return Data(
         "digits",
         Pictures(_Tensors(pictures[train], targets[train]), shift, seed),
@@ -160,32 +162,44 @@ def _cifar_batch(path: Path) -> tuple[Tensor, Tensor]:
     try:
         with path.open("rb") as file:
             batch = _ArrayUnpickler(file, encoding="bytes").load()
-        pixels = np.asarray(batch[b"data"], dtype=np.uint8)
-        return torch.from_numpy(pixels).view(-1, 3, 32, 32), torch.tensor(batch[b"labels"])
+        return torch.from_numpy(batch[b"data"]).view(-1, 3, 32, 32), torch.tensor(batch[b"labels"])
     except FileNotFoundError:
         raise DataError(f"{path} is missing: expected the python version of CIFAR-10, unpacked") from None
     except Exception as error:  # a damaged pickle raises nearly anything
         raise DataError(f"{path} is not a batch of CIFAR-10: {error}") from error
 
 
+@dataclass(frozen=True)
+class _CifarTransform:
+    """(3, 32, 32) uint8 -> (3, size, size): normalised; with ``augment`` also cropped and mirrored at random.
+
+    He et al. 2015, section 4.2: a crop of the picture padded by 4 pixels of 32, and its mirror image half of the time.
+    """
+
+    mean: Tensor
+    std: Tensor
+    size: int
+    augment: bool
+
+    def __call__(self, picture: Tensor) -> Tensor:
+        normal = (picture.float() - self.mean) / self.std
+        normal = _resize(normal[None], self.size)[0]
+        if not self.augment:
+            return normal
+        shifted = _random_shift(normal, self.size // 8)
+        return shifted.flip(-1) if torch.rand(()) < 0.5 else shifted
+
+
 def _cifar10(folder: Path, size: int, seed: int) -> Data:
-    """CIFAR-10 with the augmentation of He et al. 2015: a 4-pixel padded random crop and a random mirror image."""
     if (folder / "cifar-10-batches-py").is_dir():
         folder = folder / "cifar-10-batches-py"
     parts = [_cifar_batch(folder / f"data_batch_{i}") for i in range(1, 6)]
     train = _Tensors(torch.cat([pictures for pictures, _ in parts]), torch.cat([labels for _, labels in parts]))
     test = _Tensors(*_cifar_batch(folder / "test_batch"))
-    mean = train.pictures.mean((0, 2, 3), dtype=torch.float32)
-    std = (train.pictures.float() - mean.view(3, 1, 1)).square().mean((0, 2, 3)).sqrt()
-
-    def prepare(picture: Tensor) -> Tensor:
-        return _resize(_normalize(picture.float(), mean, std)[None], size)[0]
-
-    def crop_and_mirror(picture: Tensor) -> Tensor:
-        shifted = _random_shift(prepare(picture), size // 8)
-        return shifted.flip(-1) if torch.rand(()) < 0.5 else shifted
-
-    return Data("cifar10", Pictures(train, crop_and_mirror, seed), Pictures(test, prepare), 10)
+    mean = train.pictures.mean((0, 2, 3), dtype=torch.float32).view(3, 1, 1)
+    std = (train.pictures.float() - mean).square().mean((0, 2, 3)).sqrt().view(3, 1, 1)
+    augmented, plain = (_CifarTransform(mean, std, size, augment) for augment in (True, False))
+    return Data("cifar10", Pictures(train, augmented, seed), Pictures(test, plain), 10)
 
 
 def _imagefolder(folder: Path, size: int, seed: int) -> Data:
