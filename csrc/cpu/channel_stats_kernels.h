@@ -2,12 +2,12 @@
 
 namespace fusedres::cpu::FUSEDRES_ISA {
 
-// Adds kRows rows into sums[c] += value and, around `centre`, squares[c] += value^2 with value = z - centre.
-// Several rows at once: fewer accesses to the accumulators, and shorter float runs.
+// Adds kRows rows into sums[c] += value and, where kCentred, squares[c] += value^2 with value = z - centre.
 template <int kRows, bool kCentred, typename T>
-FUSEDRES_INLINE void add_rows(const T* z, int64_t channels, const acc_t<T>* centre, acc_t<T>* sums, acc_t<T>* squares) {
+FUSEDRES_INLINE void add_rows(const T* z, int64_t channels, int64_t width, const acc_t<T>* centre, acc_t<T>* sums,
+                              acc_t<T>* squares) {
   using V = Vec<acc_t<T>>;
-  for_each_vector<T>(channels, [=](auto lanes, int64_t c) {
+  for_each_vector<T>(width, [=](auto lanes, int64_t c) {
     V sum{}, square{};
     for (int row = 0; row < kRows; ++row) {
       V value = lanes.load(z + row * channels + c);
@@ -22,11 +22,15 @@ FUSEDRES_INLINE void add_rows(const T* z, int64_t channels, const acc_t<T>* cent
   });
 }
 
+// One row at a time where memory is waited for (it likes one stream), two where the tile is in the cache.
 template <bool kCentred, typename T>
-void add_tile(const T* z, int64_t rows, int64_t channels, const acc_t<T>* centre, acc_t<T>* sums, acc_t<T>* squares) {
+void add_tile(const T* z, int64_t rows, int64_t channels, int64_t width, const acc_t<T>* centre, acc_t<T>* sums,
+              acc_t<T>* squares) {
+  constexpr int kRows = kCentred ? 2 : 1;
   int64_t row = 0;
-  for (; row + 4 <= rows; row += 4) add_rows<4, kCentred>(z + row * channels, channels, centre, sums, squares);
-  for (; row < rows; ++row) add_rows<1, kCentred>(z + row * channels, channels, centre, sums, squares);
+  for (; row + kRows <= rows; row += kRows)
+    add_rows<kRows, kCentred>(z + row * channels, channels, width, centre, sums, squares);
+  if (row < rows) add_rows<1, kCentred>(z + row * channels, channels, width, centre, sums, squares);
 }
 
 // Joins the statistics b to a: Chan, Golub and LeVeque 1979, with the mean as a weighted mean so that infinity stays.
@@ -35,47 +39,52 @@ FUSEDRES_INLINE void merge_stats(double count_b, double mean_b, double m2_b, dou
   const double weight_b = count_b / (count_a + count_b);
   const double delta = mean_b - mean_a;
   mean_a = mean_a * (1 - weight_b) + mean_b * weight_b;
-  m2_a += m2_b + delta * delta * count_a * weight_b;
+  m2_a += m2_b + delta * delta * (count_a * weight_b);
 }
 
-// Statistics of `rows` rows in tiles of `tile_rows`, which stay in the cache for their second pass. M2 is taken around
-// the tile's mean as rounded to the accumulation type, and both are then corrected for that rounding.
-// mean, m2 (channels); scratch (3 * channels).
+// Statistics of one block in tiles of `tile_rows`, which stay in the cache for their second pass. M2 is taken around
+// the tile's mean as rounded to the accumulation type, and both are then corrected for that rounding. mean, m2
+// (block.width); scratch (3, block.width).
 template <typename T>
-void chunk_stats(const T* z, int64_t rows, int64_t channels, int64_t tile_rows, double* __restrict mean,
+void block_stats(const T* matrix, int64_t channels, const Block& block, int64_t tile_rows, double* __restrict mean,
                  double* __restrict m2, acc_t<T>* scratch) {
+  const int64_t width = block.width;
   acc_t<T>* __restrict sums = scratch;
-  acc_t<T>* __restrict squares = scratch + channels;
-  acc_t<T>* __restrict centre = scratch + 2 * channels;
-  for (int64_t c = 0; c < channels; ++c) mean[c] = m2[c] = 0;
-  for (int64_t row = 0; row < rows; row += tile_rows) {
-    const int64_t count = rows - row < tile_rows ? rows - row : tile_rows;
-    const T* tile = z + row * channels;
-    for (int64_t c = 0; c < channels; ++c) sums[c] = squares[c] = 0;
-    add_tile<false>(tile, count, channels, centre, sums, squares);
-    for (int64_t c = 0; c < channels; ++c) {
-      centre[c] = sums[c] / count;
-      sums[c] = 0;
+  acc_t<T>* __restrict squares = scratch + width;
+  acc_t<T>* __restrict centre = scratch + 2 * width;
+  for (int64_t c = 0; c < width; ++c) mean[c] = m2[c] = sums[c] = 0;
+  for (int64_t row = block.row_begin; row < block.row_end; row += tile_rows) {
+    const int64_t count = block.row_end - row < tile_rows ? block.row_end - row : tile_rows;
+    const T* tile = matrix + row * channels + block.channel;
+    add_tile<false>(tile, count, channels, width, centre, sums, squares);
+    const double inv_count = 1.0 / count;
+    for (int64_t c = 0; c < width; ++c) {
+      centre[c] = sums[c] * static_cast<acc_t<T>>(inv_count);
+      sums[c] = squares[c] = 0;
     }
-    add_tile<true>(tile, count, channels, centre, sums, squares);
-    for (int64_t c = 0; c < channels; ++c) {
-      const double sum = sums[c], rounding = sum / count;
+    add_tile<true>(tile, count, channels, width, centre, sums, squares);
+    for (int64_t c = 0; c < width; ++c) {
+      const double sum = sums[c], rounding = sum * inv_count;
       const double tile_mean = rounding == rounding ? centre[c] + rounding : centre[c];  // NaN: the mean is infinite
-      merge_stats(count, tile_mean, squares[c] - sum * rounding, row, mean[c], m2[c]);
+      merge_stats(count, tile_mean, squares[c] - sum * rounding, row - block.row_begin, mean[c], m2[c]);
+      sums[c] = 0;
     }
   }
 }
 
-// Joins all chunks for channels [begin, end): state is (chunks, 2, channels), stats (3, channels).
+// Joins the blocks of the same channels from the top down, for channels [begin, end).
+// state (blocks.down(), 2, channels); stats (3, channels).
 template <typename Acc>
-void join_stats(const Chunks& chunks, const double* state, int64_t channels, int64_t begin, int64_t end, Acc* stats) {
+void join_stats(const Blocks& blocks, const double* state, int64_t begin, int64_t end, Acc* stats) {
+  const int64_t channels = blocks.channels;
   for (int64_t c = begin; c < end; ++c) {
     double mean = 0, m2 = 0;
-    for (int64_t chunk = 0; chunk < chunks.count(); ++chunk) {
-      const double* from = state + chunk * 2 * channels + c;
-      merge_stats(chunks.end(chunk) - chunks.begin(chunk), from[0], from[channels], chunks.begin(chunk), mean, m2);
+    for (int64_t i = 0; i < blocks.down(); ++i) {
+      const double* from = state + i * 2 * channels + c;
+      const Block block = blocks[i * blocks.across()];
+      merge_stats(block.rows(), from[0], from[channels], block.row_begin, mean, m2);
     }
-    stats[c] = chunks.rows;
+    stats[c] = blocks.rows;
     stats[channels + c] = mean;
     stats[2 * channels + c] = m2;
   }

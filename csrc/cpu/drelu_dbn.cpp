@@ -8,8 +8,6 @@
 namespace fusedres::cpu {
 namespace {
 
-constexpr int64_t kRunRows = 128;  // rows added in the accumulation type before their sum enters a double
-
 // Where the ReLU's mask comes from: there was none, its output y, or scale*z + shift of the first branch.
 enum class Mask { none, output, recomputed };
 
@@ -29,7 +27,7 @@ struct BackwardTail {
 namespace fusedres::cpu {
 namespace {
 
-using Kernel = void (*)(const BackwardTail&, int64_t begin, int64_t end, double* state, void* scratch);
+using Kernel = void (*)(const BackwardTail&, const Block&, double* state, void* scratch);
 
 template <typename T, Mask kMask>
 Kernel kernel_for(int branches) {
@@ -49,15 +47,11 @@ Kernel kernel_for(Mask mask, int branches) {
 // Runs the tail and returns the totals (1 + branches, channels): sum(g), then sum(g*(z - mean)) per branch.
 template <typename T>
 std::vector<double> run(const BackwardTail& tail, Mask mask, int branches, int64_t rows) {
-  const int64_t state_size = (1 + branches) * tail.channels;
-  const Chunks chunks = chunks_of(rows, tail.channels * sizeof(T), kRunRows);
-  std::vector<double> state(chunks.count() * state_size);
   const Kernel kernel = kernel_for<T>(mask, branches);
-  parallel_for_each(chunks.count(), [&](int64_t chunk) {
-    std::vector<acc_t<T>> scratch(state_size);
-    kernel(tail, chunks.begin(chunk), chunks.end(chunk), state.data() + chunk * state_size, scratch.data());
+  const Blocks blocks = reduction_blocks(rows, tail.channels, sizeof(T));
+  return reduce<acc_t<T>>(blocks, 1 + branches, [&](const Block& block, double* state, acc_t<T>* scratch) {
+    kernel(tail, block, state, scratch);
   });
-  return total(state, state_size);
 }
 
 }  // namespace

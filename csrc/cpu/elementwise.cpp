@@ -26,7 +26,7 @@ struct ForwardTail {
 namespace fusedres::cpu {
 namespace {
 
-using ForwardKernel = void (*)(const ForwardTail&, int64_t begin, int64_t end);
+using ForwardKernel = void (*)(const ForwardTail&, const Block&);
 
 template <typename T, Residual kResidual>
 ForwardKernel forward_kernel(bool relu) {
@@ -56,8 +56,8 @@ Tensor scale_shift_add_relu(const Tensor& z, const Tensor& bn, const MaybeTensor
     const ForwardTail tail{const_data<void>(z),           const_data<void>(residual), const_data<void>(bn),
                            const_data<void>(residual_bn), y.mutable_data_ptr(),       sizes.C};
     const ForwardKernel kernel = forward_kernel<T>(residual.has_value(), residual_bn.has_value(), relu);
-    const Chunks chunks = chunks_of(sizes.rows(), sizes.C * sizeof(T));
-    parallel_for_each(chunks.count(), [&](int64_t chunk) { kernel(tail, chunks.begin(chunk), chunks.end(chunk)); });
+    const Blocks blocks = row_blocks(sizes.rows(), sizes.C, sizeof(T));
+    parallel_for_each(blocks.count(), [&](int64_t i) { kernel(tail, blocks[i]); });
   });
   return y;
 }
@@ -74,10 +74,9 @@ Tensor dbn(const Tensor& g, const Tensor& z, const Tensor& bn, const Tensor& sum
     using Acc = acc_t<T>;
     const std::vector<Acc> factors = dbn_factors(const_data<Acc>(bn), const_data<Acc>(sums), sizes.C, inv_count);
     const auto kernel = FUSEDRES_BEST_ISA(dbn<T>);
-    const Chunks chunks = chunks_of(sizes.rows(), sizes.C * sizeof(T));
-    parallel_for_each(chunks.count(), [&](int64_t chunk) {
-      kernel(const_data<T>(g), const_data<T>(z), factors.data(), sizes.C, mutable_data<T>(dz), chunks.begin(chunk),
-             chunks.end(chunk));
+    const Blocks blocks = row_blocks(sizes.rows(), sizes.C, sizeof(T));
+    parallel_for_each(blocks.count(), [&](int64_t i) {
+      kernel(const_data<T>(g), const_data<T>(z), factors.data(), sizes.C, mutable_data<T>(dz), blocks[i]);
     });
   });
   return dz;

