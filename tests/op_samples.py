@@ -15,20 +15,20 @@ from fusedres.problem import ConvProblem
 #: name -> problem; every axis is ragged somewhere, and the last ones have ambiguous strides.
 PROBLEMS = {
     "3x3": ConvProblem(2, 8, 7, 5, 16, 3, 3, padding=(1, 1)),
-    "3x3-stride2": ConvProblem(3, 5, 9, 6, 7, 3, 3, stride=(2, 2), padding=(1, 1)),
-    "3x3-dilated": ConvProblem(2, 6, 8, 9, 5, 3, 3, padding=(2, 2), dilation=(2, 2)),
-    "3x3-groups": ConvProblem(2, 6, 5, 7, 4, 3, 3, stride=(2, 2), padding=(1, 1), groups=2),
-    "3x3-depthwise": ConvProblem(2, 9, 5, 4, 9, 3, 3, padding=(1, 1), groups=9),
+    "3x3s2": ConvProblem(3, 5, 9, 6, 7, 3, 3, stride=(2, 2), padding=(1, 1)),
+    "3x3d2": ConvProblem(2, 6, 8, 9, 5, 3, 3, padding=(2, 2), dilation=(2, 2)),
+    "3x3g2": ConvProblem(2, 6, 5, 7, 4, 3, 3, stride=(2, 2), padding=(1, 1), groups=2),
+    "3x3g9": ConvProblem(2, 9, 5, 4, 9, 3, 3, padding=(1, 1), groups=9),
     "1x1": ConvProblem(2, 8, 5, 7, 32, 1, 1),
-    "1x1-stride2": ConvProblem(3, 6, 7, 5, 13, 1, 1, stride=(2, 2)),
-    "1x1-groups": ConvProblem(2, 8, 4, 4, 8, 1, 1, groups=4),
-    "1x1-padded": ConvProblem(2, 4, 4, 3, 8, 1, 1, padding=(1, 1)),
-    "7x7-stride2": ConvProblem(2, 3, 17, 15, 8, 7, 7, stride=(2, 2), padding=(3, 3)),
+    "1x1s2": ConvProblem(3, 6, 7, 5, 13, 1, 1, stride=(2, 2)),
+    "1x1g4": ConvProblem(2, 8, 4, 4, 8, 1, 1, groups=4),
+    "1x1p1": ConvProblem(2, 4, 4, 3, 8, 1, 1, padding=(1, 1)),
+    "7x7s2": ConvProblem(2, 3, 17, 15, 8, 7, 7, stride=(2, 2), padding=(3, 3)),
     "3x1": ConvProblem(2, 5, 8, 7, 6, 3, 1, stride=(2, 1), padding=(1, 0)),
     "unpadded": ConvProblem(1, 4, 6, 7, 3, 3, 3, stride=(3, 2)),
-    "one-channel": ConvProblem(3, 1, 5, 4, 1, 3, 3, padding=(1, 1)),
-    "one-pixel": ConvProblem(4, 6, 1, 1, 10, 3, 3, padding=(1, 1)),
-    "one-image": ConvProblem(1, 7, 1, 3, 5, 1, 1),
+    "channel": ConvProblem(3, 1, 5, 4, 1, 3, 3, padding=(1, 1)),
+    "pixel": ConvProblem(4, 6, 1, 1, 10, 3, 3, padding=(1, 1)),
+    "image": ConvProblem(1, 7, 1, 3, 5, 1, 1),
 }
 POINTWISE = [name for name, problem in PROBLEMS.items() if problem.is_pointwise]
 

@@ -12,12 +12,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusedres import ops
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 OPS = sorted({sample.op for sample in samples()})
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def few_shapes(op: str, dtype: torch.dtype = torch.float32) -> list[Sample]:
-    """Every form of the operands of ``op``, on the few shapes that are named like the first."""
+def one_shape(op: str, dtype: torch.dtype = torch.float32) -> list[Sample]:
+    """Every form of the operands of ``op``, on one shape."""
     chosen = list(samples_of(op, dtype))
     shape = chosen[0].label.partition("-")[0]
     return [s for s in chosen if s.label.partition("-")[0] == shape] if "-" in chosen[0].label else chosen
@@ -54,7 +56,7 @@ def test_bn_finalize_alone_declares_mutation() -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_op_passes_opcheck(op: str) -> None:
-    for sample in few_shapes(op):
+    for sample in one_shape(op):
         torch.library.opcheck(getattr(ops, op), copy.deepcopy(sample.args))
 
 
@@ -69,7 +71,7 @@ def test_fake_describes_what_the_op_returns(op: str, engine: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_dtypes_of_results_follow_the_activations(op: str, dtype: torch.dtype, engine: str) -> None:
-    for sample in few_shapes(op, dtype):
+    for sample in one_shape(op, dtype):
         dtypes = [real.dtype for real in call(copy.deepcopy(sample))]
         assert dtypes == [fake.dtype for fake in call_fake(sample)], sample.label
 

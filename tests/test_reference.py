@@ -14,6 +14,8 @@ from fusedres import reference
 from fusedres.layout import per_channel
 from fusedres.problem import ConvProblem
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EPS = 1e-5
 problems = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
 pointwise_problems = pytest.mark.parametrize("problem", [PROBLEMS[n] for n in POINTWISE], ids=POINTWISE)
