@@ -23,7 +23,6 @@ ROOT = Path(__file__).parent
 TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11: the oldest torch the library runs with, whichever it is built by
 DEFAULT_CUDA_ARCHS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 BYTES_PER_JOB = 2 << 30
-WARNINGS = ("-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized")  # the last: noise from the compiler's own AVX-512 header
 
 NO_TORCH = (
     "fusedres: building needs torch>=2.11 in this environment: install it first, or leave out --no-build-isolation,"
@@ -118,7 +117,16 @@ def native_library() -> Extension:
         "depends": sources("csrc/**/*.h"),
         "include_dirs": [str(ROOT.resolve() / "csrc")],  # absolute: ninja runs elsewhere
         "extra_compile_args": {
-            "cxx": ["-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", *WARNINGS, *defines],
+            "cxx": [
+                "-O3",
+                "-g0",
+                "-fvisibility=hidden",
+                "-fno-math-errno",
+                "-fno-trapping-math",
+                "-Wall",
+                "-Wno-psabi",
+                *defines,
+            ],
             "nvcc": ["-O3", "--compiler-options=-fvisibility=hidden", *defines],
         },
         "extra_link_args": ["-Wl,-s"] if sys.platform.startswith("linux") else [],

@@ -11,7 +11,7 @@ namespace {
 
 constexpr uint64_t kSeed = 0x243f6a8885a308d3;  // the first binary digits of pi
 constexpr int64_t kPieceBytes = 256 << 10;
-constexpr int kStateLanes = 8;  // independent chains: one is bound by the latency of its multiplication
+constexpr int kStateLanes = 8;               // independent chains: one is bound by the latency of its multiplication
 constexpr int64_t kPrefetchBytes = 2 << 10;  // measured: a sixth faster than the hardware's prefetch alone
 
 // One step is a bijection of the state for a given word, and of the word for a given state. So a change within one

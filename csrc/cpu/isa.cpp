@@ -3,6 +3,11 @@
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+#include <utility>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 namespace fusedres::cpu {
 namespace {
@@ -11,7 +16,9 @@ namespace {
 Isa detected_isa() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  unsigned eax, ebx, ecx = 0, edx;
+  const bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);  // a name not every compiler knows
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c;
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (avx2) return avx512 ? Isa::avx512 : Isa::avx2;

@@ -69,9 +69,10 @@ std::tuple<Tensor, Tensor> bn_relu_maxpool(const Tensor& z, const Tensor& bn, in
   for_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     const auto kernel = FUSEDRES_BEST_ISA(bn_relu_maxpool<T>);
-    parallel_for_each(pool.N * pool.P, [&](int64_t line) {
-      kernel(pool, const_data<T>(z), const_data<acc_t<T>>(bn), mutable_data<T>(y), mutable_data<uint8_t>(tap), line,
-             line + 1);
+    const Blocks blocks = row_blocks(pool.N * pool.P, pool.Q * pool.C, sizeof(T));
+    parallel_for_each(blocks.count(), [&](int64_t i) {
+      kernel(pool, const_data<T>(z), const_data<acc_t<T>>(bn), mutable_data<T>(y), mutable_data<uint8_t>(tap),
+             blocks[i]);
     });
   });
   return {y, tap};

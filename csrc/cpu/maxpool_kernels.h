@@ -28,12 +28,12 @@ FUSEDRES_INLINE Bytes<T> narrow_taps(Taps<T> taps) {
   return __builtin_convertvector(__builtin_convertvector(half, typename LanesOf<T, uint16_t>::type), Bytes<T>);
 }
 
-// Rows [begin, end) of the N*P rows of the output.
+// A block of the N*P rows of the output.
 template <typename T>
-void bn_relu_maxpool(const Pool& pool, const T* z, const acc_t<T>* bn, T* y, uint8_t* tap, int64_t begin, int64_t end) {
+void bn_relu_maxpool(const Pool& pool, const T* z, const acc_t<T>* bn, T* y, uint8_t* tap, const Block& block) {
   using V = Vec<acc_t<T>>;
   const acc_t<T>*scale = bn + 2 * pool.C, *shift = bn + 3 * pool.C;
-  for (int64_t line = begin; line < end; ++line) {
+  for (int64_t line = block.row_begin; line < block.row_end; ++line) {
     const int64_t h0 = line % pool.P * pool.stride - pool.padding;
     const int64_t r_begin = h0 < 0 ? -h0 : 0, r_end = h0 + pool.kernel > pool.H ? pool.H - h0 : pool.kernel;
     const T* image = z + line / pool.P * pool.H * pool.W * pool.C;
