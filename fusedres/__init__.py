@@ -3,8 +3,9 @@
 from fusedres.blocks import FusedBasicBlock, FusedBottleneck
 from fusedres.dispatch import engine
 from fusedres.explain import explain
+from fusedres.folding import freeze
 from fusedres.layers import FusedConvBNReLU
 
 __version__ = "0.1.0"
 
-__all__ = ["FusedBasicBlock", "FusedBottleneck", "FusedConvBNReLU", "engine", "explain"]
+__all__ = ["FusedBasicBlock", "FusedBottleneck", "FusedConvBNReLU", "engine", "explain", "freeze"]

@@ -2,14 +2,14 @@
 
 A folded chain is remembered per module and checked at every use: by identity and version counter of every tensor it
 came from, and by a fingerprint of every byte, for writes through ``.data`` move no counter. The native library reads
-them at memory speed; what cannot be checked so is folded anew at every call.
+them at memory speed; what cannot be checked so is folded anew at every call. ``freeze`` does without the fingerprint.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,21 @@ class _Entry(NamedTuple):
 
 #: The last folded form of each chain, by its first conv. Copies and pickles of a module do not carry it along.
 _entries: WeakKeyDictionary[nn.Module, _Entry] = WeakKeyDictionary()
+
+
+#: The first convs of chains whose parameters were declared final.
+_frozen: WeakSet[nn.Module] = WeakSet()
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Declare the parameters of ``model`` final, and return it: eval then reads each weight once a call, not twice.
+
+    Folded weights still follow every change that moves a version counter (optimizers, ``copy_``, ``load_state_dict``,
+    moves to another dtype). Unseen are only writes that bypass it: through ``.data``, NumPy or another process. Copies
+    of the model are not frozen.
+    """
+    _frozen.update(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    return model
 
 
 def serves(spec: ChainSpec, x: Tensor, residual: Tensor | None, pairs: Sequence[ConvBN]) -> bool:
@@ -68,7 +83,8 @@ def _key(spec: ChainSpec, x: Tensor, pairs: Sequence[ConvBN]) -> tuple[Any, ...]
     if native.missing is not None or any(t.device.type != "cpu" for t in tensors):
         return None
     identity = tuple((t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in tensors)
-    return spec, x.shape, x.dtype, identity, torch.ops.fusedres_cpu.fingerprint(tensors).item()
+    is_frozen = pairs[0].conv in _frozen
+    return spec, x.shape, x.dtype, identity, None if is_frozen else torch.ops.fusedres_cpu.fingerprint(tensors).item()
 
 
 def _fold(spec: ChainSpec, pairs: Sequence[ConvBN], dtype: torch.dtype) -> FoldedChain:
