@@ -22,6 +22,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11: the oldest torch the library runs with, whichever it is built by
 DEFAULT_CUDA_ARCHS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+CXX_FLAGS = ("-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-psabi")
 BYTES_PER_JOB = 2 << 30
 
 NO_TORCH = (
@@ -51,6 +52,10 @@ def available_memory() -> int:
     if cgroup.exists() and (limit := cgroup.read_text().strip()).isdigit():
         free = min(free, int(limit))
     return free
+
+
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def max_jobs(environ: Mapping[str, str], memory: int, cores: int) -> int:
@@ -101,38 +106,29 @@ def native_library() -> Extension:
     """The extension ``fusedres._native``: csrc/cpu, and csrc/cuda where it is wanted and can be built."""
     import torch
 
-    cuda_sources, toolkit, gpu_visible = sources("csrc/cuda/*.cu"), cuda_toolkit(os.environ), torch.cuda.is_available()
-    with_cuda = bool(cuda_sources and toolkit and torch.version.cuda) and wants_cuda(os.environ, gpu_visible)
-    if with_cuda:
+    cuda_sources, gpu_visible = sources("csrc/cuda/*.cu"), torch.cuda.is_available()
+    wanted = cuda_sources and torch.version.cuda and wants_cuda(os.environ, gpu_visible)
+    toolkit = cuda_toolkit(os.environ) if wanted else None
+    if toolkit is not None:
         os.environ["CUDA_HOME"] = str(toolkit)  # read when torch.utils.cpp_extension is first imported
-        archs = cuda_archs(os.environ, toolkit, gpu_visible)
-        if archs:
+        if archs := cuda_archs(os.environ, toolkit, gpu_visible):
             os.environ["TORCH_CUDA_ARCH_LIST"] = archs
     from torch.utils import cpp_extension
 
-    defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", *(["-DUSE_CUDA"] if with_cuda else [])]
+    defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", *(["-DUSE_CUDA"] if toolkit else [])]
     options: dict[str, Any] = {
         "name": "fusedres._native",
-        "sources": ["csrc/registration.cpp", *sources("csrc/cpu/*.cpp"), *(cuda_sources if with_cuda else [])],
+        "sources": ["csrc/registration.cpp", *sources("csrc/cpu/*.cpp"), *(cuda_sources if toolkit else [])],
         "depends": sources("csrc/**/*.h"),
         "include_dirs": [str(ROOT.resolve() / "csrc")],  # absolute: ninja runs elsewhere
         "extra_compile_args": {
-            "cxx": [
-                "-O3",
-                "-g0",
-                "-fvisibility=hidden",
-                "-fno-math-errno",
-                "-fno-trapping-math",
-                "-Wall",
-                "-Wno-psabi",
-                *defines,
-            ],
+            "cxx": [*CXX_FLAGS, *defines],
             "nvcc": ["-O3", "--compiler-options=-fvisibility=hidden", *defines],
         },
         "extra_link_args": ["-Wl,-s"] if sys.platform.startswith("linux") else [],
         "py_limited_api": True,
     }
-    return (cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension)(**options)
+    return (cpp_extension.CUDAExtension if toolkit else cpp_extension.CppExtension)(**options)
 
 
 class MissingTorch(build_ext):
@@ -148,14 +144,14 @@ def build_command() -> type[build_ext]:
 
     class BuildNative(BuildExtension):
         def run(self) -> None:
-            os.environ["MAX_JOBS"] = str(max_jobs(os.environ, available_memory(), len(os.sched_getaffinity(0))))
             try:
+                os.environ["MAX_JOBS"] = str(max_jobs(os.environ, available_memory(), available_cores()))
                 super().run()
             except Exception as error:
                 if flag("FUSEDRES_REQUIRE_NATIVE"):
                     raise
                 print(BUILD_FAILED.format(line="*" * 100, error=error), file=sys.stderr, flush=True)
-                self.extensions = []  # no outputs to collect
+                self.extensions: list[Extension] = []  # no outputs to collect
 
     return BuildNative
 
@@ -173,6 +169,7 @@ def native_options() -> dict[str, Any]:
 
 if __name__ == "__main__":
     setup(
+        license="Apache-2.0",  # here, since setuptools before and after PEP 639 want it differently in pyproject.toml
         packages=[*find_packages(include=["fusedres", "fusedres.*"]), "fusedres.kernels"],
         package_dir={"fusedres.kernels": "kernels"},
         **native_options(),
