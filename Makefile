@@ -1,0 +1,57 @@
+# The developer's day. `make run` and `make test` need only Python and a C++ compiler; everything else they install.
+#
+#   make run              measure this machine: fusedres bench, results under runs/
+#   make test             the test suite;  make test TORCH=2.11.0  with another torch,  PYTEST=... more options
+#   make lint types       formatting, lint and types
+#   make clean            remove everything these targets made
+
+PYTHON ?= python3
+TORCH  ?=
+ARCH   ?= resnet50
+PYTEST ?=
+
+VENV   := .venv
+BIN    := $(VENV)/bin
+TORCH_TAG := torch-$(or $(TORCH),newest)
+NATIVE := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: run test lint types clean
+
+run: $(VENV)/.run-$(TORCH_TAG)
+	mkdir -p runs
+	$(BIN)/fusedres info
+	$(BIN)/fusedres bench --arch $(ARCH) --json runs/$(ARCH).json --plot runs/$(ARCH).png
+
+test: $(VENV)/.test-$(TORCH_TAG)
+	$(BIN)/python -m pytest $(PYTEST)
+
+lint: $(VENV)/.lint-$(TORCH_TAG)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' | xargs -r $(BIN)/clang-format --dry-run -Werror
+
+types: $(VENV)/.lint-$(TORCH_TAG)
+	$(BIN)/mypy
+
+# One stamp for each set of extras. Torch comes first and the build uses it, so that it is downloaded once.
+$(VENV)/.run-$(TORCH_TAG):  EXTRAS := cli,train
+$(VENV)/.test-$(TORCH_TAG): EXTRAS := test
+$(VENV)/.lint-$(TORCH_TAG): EXTRAS := lint
+$(VENV)/.run-$(TORCH_TAG) $(VENV)/.test-$(TORCH_TAG) $(VENV)/.lint-$(TORCH_TAG): $(NATIVE) | $(VENV)/.$(TORCH_TAG)
+	$(BIN)/pip install --quiet --no-build-isolation $(if $(TORCH),"torch==$(TORCH)") --editable '.[$(EXTRAS)]'
+	touch $@
+
+# Another torch than before makes every other stamp wrong.
+$(VENV)/.$(TORCH_TAG): | $(BIN)/pip
+	rm -f $(VENV)/.run-* $(VENV)/.test-* $(VENV)/.lint-* $(VENV)/.torch-*
+	$(BIN)/pip install --quiet "torch$(if $(TORCH),==$(TORCH))" 'setuptools>=77' wheel ninja
+	touch $@
+
+$(BIN)/pip:
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info fusedres/_native*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
