@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/ops.h"
+#include "cpu/wgrad.h"
 
 STABLE_TORCH_LIBRARY_IMPL(fusedres_cpu, CPU, m) {
   using namespace fusedres::cpu;
@@ -12,5 +13,8 @@ STABLE_TORCH_LIBRARY_IMPL(fusedres_cpu, CPU, m) {
   m.impl("dbn", TORCH_BOX(&dbn));
   m.impl("bn_relu_maxpool", TORCH_BOX(&bn_relu_maxpool));
   m.impl("bn_relu_maxpool_backward", TORCH_BOX(&bn_relu_maxpool_backward));
+  m.impl("conv_wgrad", TORCH_BOX(&conv_wgrad));
+  m.impl("centered_wgrad", TORCH_BOX(&centered_wgrad));
+  m.impl("input_moments", TORCH_BOX(&input_moments));
   m.impl("fingerprint", TORCH_BOX(&fingerprint));
 }
