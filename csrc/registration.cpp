@@ -16,5 +16,6 @@ STABLE_TORCH_LIBRARY_IMPL(fusedres_cpu, CPU, m) {
   m.impl("conv_wgrad", TORCH_BOX(&conv_wgrad));
   m.impl("centered_wgrad", TORCH_BOX(&centered_wgrad));
   m.impl("input_moments", TORCH_BOX(&input_moments));
+  m.impl("max_abs", TORCH_BOX(&max_abs));
   m.impl("fingerprint", TORCH_BOX(&fingerprint));
 }

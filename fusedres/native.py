@@ -32,6 +32,8 @@ _SCHEMAS = (
     # G = g^T (p(x) - mean), (K, C) in the accumulation dtype; mean (C,).
     "centered_wgrad(Tensor g, Tensor x, Tensor? in_bn, Tensor mean, int[2] stride) -> Tensor",
     "input_moments(Tensor x, Tensor? in_bn, int[2] stride) -> Tensor",
+    # Largest magnitude in an activation, NaN if it holds one: float64 scalar tensor.
+    "max_abs(Tensor x) -> Tensor",
     # A 64-bit fingerprint of every byte of the tensors, in order: int64 scalar tensor.
     "fingerprint(Tensor[] tensors) -> Tensor",
 )

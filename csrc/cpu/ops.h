@@ -33,6 +33,9 @@ std::tuple<Tensor, Tensor> bn_relu_maxpool_backward(const Tensor& dy, const Tens
                                                     const Tensor& bn, int64_t kernel_size, int64_t stride,
                                                     int64_t padding, double inv_count);
 
+// The largest magnitude in an activation, NaN if it holds one: a float64 scalar tensor.
+Tensor max_abs(const Tensor& x);
+
 // A 64-bit hash of dtypes, sizes, strides and every byte of the tensors, in order: an int64 scalar tensor.
 Tensor fingerprint(const std::vector<Tensor>& tensors);
 

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusedres import native
 from fusedres.engines import FoldedChain, FoldedConv
-from fusedres.layout import pixel_matrix
 from fusedres.problem import ConvProblem
 
 _mkldnn = torch.ops.mkldnn
@@ -85,9 +85,10 @@ def _call_into(out: Tensor, x: Tensor, conv: FoldedConv, relu: bool) -> Tensor:
 
 
 def max_abs(x: Tensor) -> float:
-    """Largest magnitude; NaN or infinity where ``x`` holds one."""
-    dense = pixel_matrix(x).reshape(-1) if x.dim() == 4 else x  # aminmax is ten times slower on channels_last strides
-    low, high = (v.item() for v in torch.aminmax(dense))
+    """Largest magnitude; NaN or infinity where ``x``, an activation or a vector, holds one."""
+    if x.dim() == 4 and native.missing is None:
+        return torch.ops.fusedres_cpu.max_abs(x).item()
+    low, high = (v.item() for v in torch.aminmax(x))
     return math.nan if math.isnan(low) else max(abs(low), abs(high))
 
 
@@ -99,11 +100,16 @@ def conv_gain(conv: FoldedConv) -> tuple[float, float]:
 
 def onednn_conv(x: Tensor, conv: FoldedConv, residual: Tensor | None, relu: bool) -> Tensor:
     """``act(conv(x) + bias + residual)`` with plain weights, NaN kept."""
-    if onednn_reason(x.dtype) is not None:
-        return _separate(x, conv, residual, relu)
+    if onednn_reason(x.dtype) is None and (not relu or _is_bounded(x, conv, residual)):
+        return _call(x, conv, residual, relu)
+    return _separate(x, conv, residual, relu)
+
+
+def _is_bounded(x: Tensor, conv: FoldedConv, residual: Tensor | None) -> bool:
+    """Whether the result is finite whatever the order of its additions."""
     gain, offset = conv_gain(conv)
     bound = gain * max_abs(x) + offset + (max_abs(residual) if residual is not None else 0.0)
-    return _call(x, conv, residual, relu) if bound < torch.finfo(x.dtype).max else _separate(x, conv, residual, relu)
+    return bound < torch.finfo(x.dtype).max
 
 
 def _separate(x: Tensor, conv: FoldedConv, residual: Tensor | None, relu: bool) -> Tensor:
