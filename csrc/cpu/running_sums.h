@@ -32,7 +32,7 @@ class RunningSums {
   Acc* const run;  // (count, width): add to it, then call end_row
 
  private:
-  static constexpr int64_t kRunRows = 128;
+  static constexpr int64_t kRunRows = 16;  // ATen adds all in double; longer runs lose a digit to it
 
   double* const total_;
   const int64_t count_, width_, total_stride_;
