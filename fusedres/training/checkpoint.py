@@ -45,4 +45,4 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     except FileNotFoundError:
         raise CheckpointError(f"no checkpoint at {path}") from None
     except Exception as error:  # a damaged file fails in zip, pickle or tensor code alike
-        raise CheckpointError(f"{path} is not a readable checkpoint: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{path} is not a readable checkpoint ({type(error).__name__})") from error
