@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fusedres import measure
-from fusedres.cli import common, console, environment, networks, plot, proof, report
+from fusedres.cli import common, console, environment, networks, photo, plot, proof, report
 from fusedres.cli.contest import EAGER, FUSED, TRAINING_STEP, Contest
 
 HELP = "prove that fused equals eager, then time both and count launches and memory"
@@ -53,9 +53,10 @@ def run(args: argparse.Namespace) -> int:
         plot.check(args.plot)
     common.set_threads(args.threads)
     device = common.select_device(args.device)
+    picture = photo.read(args.input, _image_size(args)) if args.input else None
     with common.select_engine(args.engine):
         contest = Contest(args.arch, args.memory, common.DTYPES[args.dtype], device, args.seed)
-        inputs = _inputs(args, contest)
+        inputs = _inputs(args, contest, picture)
         verdicts = _prove(contest, inputs)
         if not all(verdict.holds for verdict in verdicts):
             print("fusedres: fused does NOT equal eager, so nothing is timed", file=sys.stderr)
@@ -72,14 +73,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _inputs(args: argparse.Namespace, contest: Contest) -> list[Inputs]:
+def _image_size(args: argparse.Namespace) -> int:
+    return args.image_size or networks.default_image_size(args.arch)
+
+
+def _inputs(args: argparse.Namespace, contest: Contest, picture: Tensor | None) -> list[Inputs]:
     """Every (mode, x, target) to be proved and timed."""
-    size = args.image_size or networks.default_image_size(args.arch)
     modes = [mode for mode in ("eval", "train") if getattr(args, mode)] or ["eval", "train"]
     inputs = []
     for mode in modes:
         for batch in args.batch if mode == "eval" else [max(args.batch)]:
-            x, target = contest.inputs(batch, size, args.input)
+            x, target = contest.inputs(batch, _image_size(args), picture)
             contest.try_eager(x, mode)
             inputs.append((mode, x, target))
     return inputs
@@ -105,7 +109,7 @@ def _header(args: argparse.Namespace, contest: Contest, device: torch.device) ->
         "versions": environment.versions(),
         "settings": {
             "arch": args.arch,
-            "image_size": args.image_size or networks.default_image_size(args.arch),
+            "image_size": _image_size(args),
             "dtype": args.dtype,
             "device": str(device),
             "engine": args.engine,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,14 +38,14 @@ class Contest:
         }
         self.classes = networks.classes_of(fused)
 
-    def inputs(self, batch: int, size: int, picture: Path | None) -> tuple[Tensor, Tensor]:
-        """x (batch, 3, size, size), of the picture or of random numbers, and targets (batch,)."""
+    def inputs(self, batch: int, size: int, picture: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x (batch, 3, size, size), of the picture (1, 3, size, size) or of random numbers, and targets (batch,)."""
         generator = torch.Generator().manual_seed(self.seed)
         target = torch.randint(0, self.classes, (batch,), generator=generator)
         if picture is None:
             x = torch.randn(batch, 3, size, size, generator=generator)
         else:
-            x = photo.batch_of(photo.read(picture, size), batch)
+            x = photo.batch_of(picture, batch)
         return x.to(self.device, self.dtype), target.to(self.device)
 
     def try_eager(self, x: Tensor, mode: str) -> None:
@@ -103,8 +102,7 @@ class Contest:
         """Bytes kept for backward per picture of ``x``: eager, and fused in either memory mode."""
         models = {"eager": self.models[CHANNELS_LAST], self.memory: self.models[FUSED]}
         other = "standard" if self.memory == "recompute" else "recompute"
-        with suppress(UserError):  # the plain nets have one memory mode
-            models[other] = networks.place(networks.build(self.arch, other), self.device, self.dtype)
+        models[other] = networks.place(networks.build(self.arch, other), self.device, self.dtype)
         x = layout(CHANNELS_LAST, x)
         return {name: measure.saved_bytes(model.train(), x) / len(x) for name, model in models.items()}
 

@@ -25,15 +25,8 @@ def build(arch: str, memory: str = "standard", num_classes: int | None = None, s
     if arch not in MODELS:
         raise UserError(f"no network is named {arch!r}; there are {', '.join(MODELS)}")
     options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
-    if memory != "standard":
-        options["memory"] = memory
     torch.manual_seed(seed)
-    try:
-        return MODELS[arch](**options)
-    except TypeError:
-        if memory == "standard":
-            raise
-        raise UserError(f"{arch} has no memory modes, only its blocks' residual twins have") from None
+    return MODELS[arch](memory=memory, **options)
 
 
 def depth_of(arch: str) -> int:
