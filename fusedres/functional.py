@@ -201,7 +201,7 @@ def _check_pair(x: Tensor, shape: torch.Size, pair: ConvBN) -> torch.Size:
 def stem(x: Tensor, conv: nn.Conv2d, bn: nn.Module, relu: nn.Module, maxpool: nn.Module) -> Tensor:
     """``maxpool(relu(bn(conv(x))))``: the stem of a ResNet, in training with BN, ReLU and max-pool in one op.
 
-    x: (N, C, H, W) as in ``conv_bn_relu``. Returns (N, K, P, Q), channels_last whatever the format of ``x``, so that the
+    x: (N, C, H, W) as in ``conv_bn_relu``. Returns (N, K, P, Q), channels_last whatever that of ``x``, so that the
     network behind it stays so.
     """
     x = channels_last(x) if _is_fusable_input(x) else x

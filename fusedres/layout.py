@@ -19,7 +19,7 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class BN(NamedTuple):
-    """The rows of a ``bn`` tensor (4, K): normalisation is ``scale*z + shift`` = ``(z - mean)*invstd*weight + bias``."""
+    """The rows of a ``bn`` tensor (4, K): BN is ``scale*z + shift`` = ``(z - mean)*invstd*weight + bias``."""
 
     mean: Tensor
     invstd: Tensor

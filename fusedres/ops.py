@@ -14,7 +14,7 @@ Shapes and dtypes used below
   inv_count    1/(N*P*Q) where BN used batch statistics, 0.0 where its statistics are constants (eval)
 
 BN backward is affine in g and z. It is written around the mean, so that a large mean cancels exactly:
-``dz = a*g + b*(z - mean) + c`` with ``a = scale``, ``b = -scale*invstd*dgamma*inv_count``, ``c = -scale*dbeta*inv_count``
+``dz = a*g + b*(z - mean) + c``, ``a = scale``, ``b = -scale*invstd*dgamma*inv_count``, ``c = -scale*dbeta*inv_count``
 (Ioffe and Szegedy 2015, section 3, with the two sums named).
 """
 
@@ -84,7 +84,8 @@ def conv_fprop(
 
 @_register(
     "conv_dgrad(Tensor g, Tensor? z, Tensor? bn, Tensor? sums, float inv_count, Tensor w, SymInt[2] input_size,"
-    " SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, Tensor? residual, SymInt[2] residual_stride,"
+    " SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, Tensor? residual,"
+    " SymInt[2] residual_stride,"
     " Tensor? prev_z, Tensor? prev_bn) -> (Tensor dx, Tensor prev_sums)"
 )
 def conv_dgrad(

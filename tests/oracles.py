@@ -97,7 +97,7 @@ Results = Mapping[str, Tensor]
 def assert_accurate(*draws: tuple[Results, Results, Results]) -> None:
     """Every fused result has eager's shape and dtype, and at most twice eager's error against float64.
 
-    ``draws``: (fused, eager, exact) results, once or for several inputs. Errors are root-mean-square over a tensor, and the
+    ``draws``: (fused, eager, exact) results, one or several. Errors are root-mean-square over a tensor, and the
     median over the draws: where half rounding turns the sign of a value before a ReLU, a gradient is off by that entry,
     in eager as in fused, but seldom in the same draw. The floor is one rounding of the result itself.
     """

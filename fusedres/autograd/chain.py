@@ -91,7 +91,7 @@ def _last_unit(
 def _keep(spec: ChainSpec, saved: list[Saved], tensors: list[UnitTensors]) -> list[Saved]:
     """What of ``saved`` survives until backward: in "standard" mode all.
 
-    "recompute" drops what one conv brings back: the output of a pointwise first conv, of the last and of the projection.
+    "recompute" drops what one conv brings back: the output of a pointwise first conv, the last, the projection.
     """
     if spec.memory == "standard":
         return saved
