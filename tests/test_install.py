@@ -1,0 +1,169 @@
+"""The build's own decisions: where CUDA lives, for which GPUs, with how many compilers; and one real install."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+GIB = 1 << 30
+
+
+@pytest.fixture(scope="module")
+def build() -> ModuleType:
+    """setup.py as a module."""
+    pytest.importorskip("setuptools", reason="needs setuptools")
+    spec = importlib.util.spec_from_file_location("fusedres_setup", ROOT / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def script(path: Path, body: str) -> Path:
+    """An executable shell script."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+def toolkit(root: Path, archs: str = "") -> Path:
+    """A CUDA toolkit whose nvcc answers --dryrun as the real one does: on the error stream, through its own bin."""
+    dryrun = f'echo "#$ _HERE_={root}/bin" >&2; echo "#$ TOP={root}/bin/.." >&2'
+    script(root / "bin" / "nvcc", f'case "$1" in --dryrun) {dryrun};; --list-gpu-arch) echo {archs};; esac')
+    return root
+
+
+@pytest.mark.parametrize(
+    ("asked", "gib", "cores", "jobs"),
+    [
+        (None, 64, 8, 8),
+        (None, 5, 8, 2),
+        (None, 1, 8, 1),
+        ("3", 1, 1, 3),
+        ("0", 64, 4, 4),
+        ("many", 64, 4, 4),
+        ("", 64, 4, 4),
+    ],
+)
+def test_max_jobs_is_obeyed_or_follows_memory_and_cores(
+    build: ModuleType, asked: str | None, gib: int, cores: int, jobs: int
+) -> None:
+    environ = {} if asked is None else {"MAX_JOBS": asked}
+    assert build.max_jobs(environ, gib * GIB, cores) == jobs
+
+
+def test_this_machine_has_memory_and_cores(build: ModuleType) -> None:
+    assert build.available_memory() > 0
+    assert build.available_cores() > 0
+
+
+def test_toolkit_is_found_behind_a_wrapper_script(build: ModuleType, tmp_path: Path) -> None:
+    root = toolkit(tmp_path / "cuda-13.0")
+    wrapper = script(tmp_path / "bin" / "nvcc", f'exec {root}/bin/nvcc "$@"')
+    assert build.cuda_toolkit({"PATH": str(wrapper.parent)}) == root
+
+
+def test_toolkit_is_found_behind_a_link(build: ModuleType, tmp_path: Path) -> None:
+    script(tmp_path / "cuda" / "bin" / "nvcc", "exit 1")  # a compiler that says nothing of itself
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").symlink_to(tmp_path / "cuda" / "bin" / "nvcc")
+    assert build.cuda_toolkit({"PATH": str(tmp_path / "bin")}) == tmp_path / "cuda"
+
+
+def test_cuda_home_wins_where_it_holds_a_compiler(build: ModuleType, tmp_path: Path) -> None:
+    on_path, named = toolkit(tmp_path / "a"), toolkit(tmp_path / "b")
+    assert build.cuda_toolkit({"PATH": f"{on_path}/bin", "CUDA_HOME": str(named)}) == named
+    assert build.cuda_toolkit({"PATH": f"{on_path}/bin", "CUDA_HOME": str(tmp_path / "none")}) == on_path
+
+
+def test_no_compiler_is_no_toolkit(build: ModuleType, tmp_path: Path) -> None:
+    assert build.cuda_toolkit({"PATH": str(tmp_path)}) is None
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc on PATH")
+def test_toolkit_of_this_machine_holds_the_runtime(build: ModuleType) -> None:
+    root = build.cuda_toolkit(os.environ)
+    assert (root / "include" / "cuda_runtime.h").exists()
+    assert build.cuda_archs({}, root, gpu_visible=False).startswith("8.0;")
+
+
+def test_architectures_are_asked_for_visible_or_all_that_the_compiler_knows(build: ModuleType, tmp_path: Path) -> None:
+    root = toolkit(tmp_path / "cuda", archs="compute_75 compute_80 compute_86 compute_89 compute_90")
+    assert build.cuda_archs({"TORCH_CUDA_ARCH_LIST": "9.0a"}, root, gpu_visible=True) == "9.0a"
+    assert build.cuda_archs({}, root, gpu_visible=True) is None
+    assert build.cuda_archs({}, root, gpu_visible=False) == "8.0;8.6;8.9;9.0"
+    silent = toolkit(tmp_path / "silent")
+    assert build.cuda_archs({}, silent, gpu_visible=False) == "8.0;8.6;8.9;9.0;10.0;12.0"
+
+
+def test_cuda_is_built_for_a_visible_gpu_or_on_demand(build: ModuleType) -> None:
+    assert not build.wants_cuda({}, gpu_visible=False)
+    assert not build.wants_cuda({"FORCE_CUDA": "0", "TORCH_CUDA_ARCH_LIST": ""}, gpu_visible=False)
+    assert build.wants_cuda({}, gpu_visible=True)
+    assert build.wants_cuda({"FORCE_CUDA": "1"}, gpu_visible=False)
+    assert build.wants_cuda({"TORCH_CUDA_ARCH_LIST": "8.0"}, gpu_visible=False)
+
+
+def test_library_targets_the_oldest_supported_torch_from_every_source(build: ModuleType) -> None:
+    library = build.native_library()
+    assert (library.name, library.py_limited_api) == ("fusedres._native", True)
+    assert "-DTORCH_TARGET_VERSION=0x020b000000000000" in library.extra_compile_args["cxx"]
+    assert not any("march" in flag for flag in library.extra_compile_args["cxx"])
+    assert {Path(source) for source in library.sources} >= {p.relative_to(ROOT) for p in ROOT.glob("csrc/cpu/*.cpp")}
+
+
+def test_no_native_builds_nothing(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSEDRES_NO_NATIVE", "1")
+    assert build.native_options() == {}
+
+
+def source_tree(to: Path) -> Path:
+    """A copy of what a build reads, small enough to compile in seconds where ``broken`` is added to it."""
+    for name in ("csrc", "fusedres", "kernels"):
+        shutil.copytree(ROOT / name, to / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "LICENSE"):
+        shutil.copy(ROOT / name, to)
+    return to
+
+
+def wheel_of(tree: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", "wheels", "."]
+    environment = {**os.environ, **environ}
+    return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_failed_build_costs_the_library_and_not_the_install(tmp_path: Path) -> None:
+    tree = source_tree(tmp_path / "tree")
+    shutil.rmtree(tree / "csrc" / "cpu")
+    (tree / "csrc" / "registration.cpp").write_text("this is not C++\n")
+    fatal = wheel_of(tree, FUSEDRES_REQUIRE_NATIVE="1")
+    assert fatal.returncode != 0
+    done = wheel_of(tree)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (tree / "wheels").glob("fusedres-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {"fusedres/ops.py", "fusedres/kernels/__init__.py", "fusedres/py.typed"} <= set(names)
+    assert not any(name.startswith("kernels/") or name.endswith(".so") for name in names)
+
+
+@pytest.mark.slow
+def test_build_yields_one_library_for_every_python(tmp_path: Path) -> None:
+    tree = source_tree(tmp_path / "tree")
+    done = wheel_of(tree, FUSEDRES_REQUIRE_NATIVE="1")
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (tree / "wheels").glob("fusedres-*.whl")
+    assert "-cp310-abi3-" in wheel.name
+    assert [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")] == ["fusedres/_native.abi3.so"]
