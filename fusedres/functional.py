@@ -99,15 +99,17 @@ def residual_chain(
     convs = [*pairs, *([projection] if projection else [])]
     if chain_reason(convs, activations) is not None or not _is_fusable_input(x):
         return unfused(x)
+    shape = _check(x, pairs, shortcut)
     residual: Residual = "none"
+    given = None
     if projection:
         residual = "projection"
-    elif shortcut is not None:
-        residual = "input" if shortcut is x else "tensor"
-    given = shortcut if isinstance(shortcut, Tensor) and residual == "tensor" else None
-    _check(x, pairs, projection, given)
+    elif shortcut is x and x.shape == shape:
+        residual = "input"
+    elif isinstance(shortcut, Tensor):
+        residual, given = "tensor", shortcut.expand(shape)
     x_format, x = x, _entering(x)
-    given = None if given is None else _entering(given)
+    given = None if given is None else channels_last(given.to(x.dtype))
     spec = ChainSpec(
         tuple(unit_spec(p) for p in pairs), unit_spec(projection) if projection else None, residual, relu, memory
     )
@@ -158,17 +160,18 @@ def _cast(t: UnitTensors, dtype: torch.dtype) -> UnitTensors:
     return t._replace(w=t.w.to(dtype), conv_bias=None if t.conv_bias is None else t.conv_bias.to(dtype))
 
 
-def _check(x: Tensor, pairs: Sequence[ConvBN], projection: ConvBN | None, residual: Tensor | None) -> None:
-    """Refuse bad input before any statistics move. Every message names shapes or dtypes."""
+def _check(x: Tensor, pairs: Sequence[ConvBN], shortcut: ConvBN | Tensor | None) -> torch.Size:
+    """The chain's output shape. Refuses bad input before any statistics move; every message names shapes or dtypes."""
     shape = x.shape
     for pair in pairs:
         shape = _check_pair(x, shape, pair)
-    if projection is not None:
-        other = _check_pair(x, x.shape, projection)
-    else:
-        other = x.shape if residual is None else residual.shape
-    if (projection is not None or residual is not None) and other != shape:
+    if shortcut is None:
+        return shape
+    other = shortcut.shape if isinstance(shortcut, Tensor) else _check_pair(x, x.shape, shortcut)
+    broadcasts = len(other) == 4 and all(a in (1, b) for a, b in zip(other, shape, strict=True))
+    if other != shape and not (isinstance(shortcut, Tensor) and broadcasts):
         raise ValueError(f"the shortcut has shape {tuple(other)}, the residual branch {tuple(shape)}")
+    return shape
 
 
 def _check_pair(x: Tensor, shape: torch.Size, pair: ConvBN) -> torch.Size:
@@ -208,7 +211,7 @@ def stem(x: Tensor, conv: nn.Conv2d, bn: nn.Module, relu: nn.Module, maxpool: nn
     pair = ConvBN(conv, bn)
     is_fusable = _is_fusable_input(x) and pool_reason(maxpool) is None and chain_reason([pair], [relu]) is None
     if is_fusable and isinstance(maxpool, nn.MaxPool2d):
-        _check(x, [pair], None, None)
+        _check(x, [pair], None)
         entering, unit = _entering(x), unit_spec(pair)
         if not folding.serves(ChainSpec((unit,), None, "none", True, "standard"), entering, None, [pair]):
             pool = PoolSpec(*(as_pair(v)[0] for v in (maxpool.kernel_size, maxpool.stride, maxpool.padding)))
