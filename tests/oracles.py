@@ -94,30 +94,34 @@ def step(module: nn.Module, x: Tensor, rounding: torch.dtype | None = None) -> d
 Results = Mapping[str, Tensor]
 
 
-def assert_accurate(*draws: tuple[Results, Results, Results]) -> None:
+def assert_accurate(*draws: tuple[Results, Results, Results], stored: torch.dtype | None = None) -> None:
     """Every fused result has eager's shape and dtype, and at most twice eager's error against float64.
 
-    ``draws``: (fused, eager, exact) results, one or several. Errors are root-mean-square over a tensor, and the
-    median over the draws: where half rounding turns the sign of a value before a ReLU, a gradient is off by that entry,
-    in eager as in fused, but seldom in the same draw. The floor is one rounding of the result itself.
+    ``draws``: (fused, eager, exact) results, once or for several inputs. Errors are root-mean-square over a tensor, and
+    the median over the draws: where half rounding turns the sign of a value before a ReLU, a gradient is off by that
+    entry, in eager as in fused, but seldom in the same draw. The floor is one rounding of the result in the dtype that
+    activations are ``stored`` in, by default its own.
     """
     excesses = []
     for name in draws[0][1]:
-        errors = [_errors(name, *(results[name] for results in draw)) for draw in draws]
+        errors = [_errors(name, stored, *(results[name] for results in draw)) for draw in draws]
         ours, theirs, floor = (statistics.median(column) for column in zip(*errors, strict=True))
         if not ours <= 2 * theirs + floor:
             excesses.append(f"{name}: error {ours:.3g}, eager's {theirs:.3g}, floor {floor:.3g}")
     assert not excesses, "\n".join(excesses)
 
 
-def _errors(name: str, ours: Tensor, theirs: Tensor, truth: Tensor) -> tuple[float, float, float]:
+def _errors(
+    name: str, stored: torch.dtype | None, ours: Tensor, theirs: Tensor, truth: Tensor
+) -> tuple[float, float, float]:
     """(error, eager's error, floor) of one result."""
     assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype), name
     if not ours.is_floating_point():
         assert torch.equal(ours, theirs), name
         return 0.0, 0.0, 0.0
     assert torch.equal(ours.isnan(), truth.isnan()), f"{name}: other values are NaN"
-    return rms(ours.double() - truth), rms(theirs.double() - truth), torch.finfo(ours.dtype).eps * rms(truth)
+    floor = torch.finfo(stored or ours.dtype).eps * rms(truth)
+    return rms(ours.double() - truth), rms(theirs.double() - truth), floor
 
 
 def rms(t: Tensor) -> float:
