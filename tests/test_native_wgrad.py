@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from op_samples import PROBLEMS, Operands
 from oracles import needs_native, rms
+from test_native import LACKS, PROBE, held_to
 from torch import Tensor
 
 from fusedres.layout import acc_dtype, per_channel, pixel_matrix
@@ -299,26 +296,10 @@ def test_bad_input_of_the_pointwise_ops_raises() -> None:
         kernels.centered_wgrad(g, x, None, mean[1:], (1, 1))
 
 
-@pytest.mark.skipif("FUSEDRES_CPU_ISA" in os.environ, reason="this run has an instruction set already")
-def test_baseline_instruction_set_is_as_accurate_as_eager() -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        __file__,
-        "-k",
-        "accurate and float32",
-    ]
-    result = subprocess.run(
-        command,
-        env={**os.environ, "FUSEDRES_CPU_ISA": "baseline"},
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout
+@pytest.mark.parametrize(("isa", "next_isa"), [("baseline", "avx2"), ("avx2", "avx512")])
+def test_every_lower_instruction_set_is_as_accurate_as_eager(isa: str, next_isa: str) -> None:
+    if LACKS in held_to(next_isa, *PROBE).stderr:
+        pytest.skip(f"needs a CPU with {next_isa}: {isa} is what all other tests run")
+    select = ("-k", "accurate and float32 and not instruction_set")
+    run = held_to(isa, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, *select)
+    assert run.returncode == 0, run.stdout[-3000:]
