@@ -83,8 +83,8 @@ def _key(spec: ChainSpec, x: Tensor, pairs: Sequence[ConvBN]) -> tuple[Any, ...]
     if native.missing is not None or any(t.device.type != "cpu" for t in tensors):
         return None
     identity = tuple((t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in tensors)
-    is_frozen = pairs[0].conv in _frozen
-    return spec, x.shape, x.dtype, identity, None if is_frozen else torch.ops.fusedres_cpu.fingerprint(tensors).item()
+    is_counted = pairs[0].conv in _frozen and not any(t.is_inference() for t in tensors)
+    return spec, x.shape, x.dtype, identity, None if is_counted else torch.ops.fusedres_cpu.fingerprint(tensors).item()
 
 
 def _fold(spec: ChainSpec, pairs: Sequence[ConvBN], dtype: torch.dtype) -> FoldedChain:
