@@ -48,14 +48,21 @@ class _FusedBlock(nn.Module):
     @property
     def projection(self) -> ConvBN | None:
         """The shortcut's conv and BN, where the downsample is just that."""
-        downsample = self.downsample
-        if downsample is None or plain_reason(downsample, nn.Sequential) is not None:
+        if self.downsample is None or self.downsample_reason() is not None:
             return None
-        modules = list(downsample.children())
+        return ConvBN(*self.downsample.children())  # type: ignore[arg-type]  # their kinds are known by now
+
+    def downsample_reason(self) -> str | None:
+        """Why the downsample runs by itself beside the fused branch, or None."""
+        if self.downsample is None:
+            return None
+        reason = plain_reason(self.downsample, nn.Sequential)
+        if reason is not None:
+            return reason
+        modules = list(self.downsample.children())
         if len(modules) != 2:
-            return None
-        pair = ConvBN(*modules)  # type: ignore[arg-type]  # of which kind they are, chain_reason asks
-        return pair if chain_reason([pair], ()) is None else None
+            return f"it has {len(modules)} modules, not a conv and its norm"
+        return chain_reason([ConvBN(*modules)], ())  # type: ignore[arg-type]  # of which kind they are, it asks
 
     def reason(self) -> str | None:
         """Why this block runs its modules one by one instead of fused, or None."""

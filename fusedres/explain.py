@@ -11,12 +11,16 @@ from fusedres import dispatch
 from fusedres.blocks import FusedBasicBlock, FusedBottleneck
 from fusedres.layers import FusedConvBNReLU
 
+#: The ops that every block is made of, its convolutions first.
+_OPS = ("conv_fprop", "conv_dgrad", "conv_wgrad", "scale_shift_add_relu", "drelu_dbn")
+
 
 class Row(NamedTuple):
     """One fused module of a model.
 
-    ``engine`` is the engine of its convolutions, or "eager" where its modules run one by one; ``reason`` says why they
-    do, or why preferred engines were passed over, and is empty where nothing was.
+    ``engine`` is the engine of its convolutions, or "eager" where its modules run one by one. ``reason`` says why they
+    do, why preferred engines were passed over for some op, and why a downsample runs by itself; it is empty where
+    nothing does.
     """
 
     name: str
@@ -37,5 +41,9 @@ def _row(name: str, module: FusedBasicBlock | FusedBottleneck | FusedConvBNReLU)
     if reason is not None:
         return Row(name, kind, "eager", reason)
     weight = next(module.parameters(), torch.empty(0))
-    choice = dispatch.choose("conv_fprop", weight.device.type, weight.dtype)
-    return Row(name, kind, choice.engine.name, "; ".join(f"{engine}: {why}" for engine, why in choice.passed_over))
+    choices = [dispatch.choose(op, weight.device.type, weight.dtype) for op in _OPS]
+    reasons = [f"{engine}: {why}" for choice in choices for engine, why in choice.passed_over]
+    downsample_reason = None if isinstance(module, FusedConvBNReLU) else module.downsample_reason()
+    if downsample_reason is not None:
+        reasons.append(f"downsample: {downsample_reason}")
+    return Row(name, kind, choices[0].engine.name, "; ".join(dict.fromkeys(reasons)))
