@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusedres import folding
+from fusedres import autocast, folding
 from fusedres.autograd import chain, stem_chain
 from fusedres.inspection import batch_norm_reason, conv_reason, plain_reason, pool_reason
 from fusedres.layout import channels_last
@@ -113,7 +113,7 @@ def residual_chain(
     spec = ChainSpec(
         tuple(unit_spec(p) for p in pairs), unit_spec(projection) if projection else None, residual, relu, memory
     )
-    with torch.autocast(x.device.type, enabled=False):
+    with autocast.suspended(x.device.type):
         if folding.serves(spec, x, given, convs):
             y = folding.run(spec, x, given, convs)
         else:
@@ -140,14 +140,7 @@ def _is_fusable_input(x: Any) -> bool:
 
 def _entering(x: Tensor) -> Tensor:
     """``x`` as the ops take it: in autocast's dtype where autocast is on, dense channels_last."""
-    return channels_last(x.to(_compute_dtype(x)))
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that eager's conv would compute in: autocast's, which leaves float64 alone, or that of ``x``."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+    return channels_last(x.to(autocast.compute_dtype(x)))
 
 
 def _leaving(y: Tensor, like: Tensor) -> Tensor:
@@ -178,13 +171,15 @@ def _check_pair(x: Tensor, shape: torch.Size, pair: ConvBN) -> torch.Size:
     """The output shape of a conv and BN given an input of ``shape``, device and dtype of ``x``."""
     conv, bn = pair
     w = conv.weight
-    if shape[1] != conv.in_channels:
+    if shape[1] != w.shape[1] * conv.groups:
         raise ValueError(
-            f"expected {conv.in_channels} channels for a weight of shape {tuple(w.shape)}, got {tuple(shape)}"
+            f"expected {w.shape[1] * conv.groups} channels for a weight of shape {tuple(w.shape)}, got {tuple(shape)}"
         )
+    if conv.bias is not None and conv.bias.shape != w.shape[:1]:
+        raise RuntimeError(f"the conv bias has shape {tuple(conv.bias.shape)}, its weight {tuple(w.shape)}")
     if w.device != x.device:
         raise RuntimeError(f"the input is on {x.device}, the weight on {w.device}")
-    if w.dtype != x.dtype and _compute_dtype(x) == x.dtype and not torch.is_autocast_enabled(x.device.type):
+    if w.dtype != x.dtype and not autocast.is_on(x.device.type):
         raise RuntimeError(f"the input is {x.dtype}, the weight {w.dtype}")
     problem = ConvProblem.of(shape, w, *(unit := unit_spec(pair)).conv)
     if problem.P < 1 or problem.Q < 1:
@@ -215,6 +210,6 @@ def stem(x: Tensor, conv: nn.Conv2d, bn: nn.Module, relu: nn.Module, maxpool: nn
         entering, unit = _entering(x), unit_spec(pair)
         if not folding.serves(ChainSpec((unit,), None, "none", True, "standard"), entering, None, [pair]):
             pool = PoolSpec(*(as_pair(v)[0] for v in (maxpool.kernel_size, maxpool.stride, maxpool.padding)))
-            with torch.autocast(x.device.type, enabled=False):
+            with autocast.suspended(x.device.type):
                 return stem_chain(unit, pool, entering, _cast(unit_tensors(pair), entering.dtype))
     return maxpool(conv_bn_relu(x, conv, bn, relu))

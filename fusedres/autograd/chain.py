@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fusedres import dispatch, ops
+from fusedres import autocast, dispatch, ops
 from fusedres.autograd.backward import ChainBackward
 from fusedres.autograd.unit import Operand, Saved, bn_vectors, materialise, stored_unit, unit_tensors
 from fusedres.problem import ConvProblem
@@ -124,5 +124,5 @@ class ChainFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return (None,) * len(ctx.needs_input_grad)
-        with dispatch.as_in_forward(ctx.spec.engine), torch.autocast(dy.device.type, enabled=False):
+        with dispatch.as_in_forward(ctx.spec.engine), autocast.suspended(dy.device.type):
             return None, *ChainBackward(ctx).run(dy)

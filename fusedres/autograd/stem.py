@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fusedres import dispatch, ops
+from fusedres import autocast, dispatch, ops
 from fusedres.autograd.unit import Operand, Parameters, UnitNeeds, parameter_gradients, stored_unit, unit_tensors
 from fusedres.layout import channels_last
 from fusedres.specs import PoolSpec, UnitSpec, UnitTensors
@@ -45,7 +45,7 @@ class StemFunction(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         x, w, conv_bias, weight, tap, z, bn = ctx.saved_tensors
         unit, needs_x, needs = ctx.unit, ctx.needs_input_grad[3], UnitNeeds(*ctx.needs_input_grad[4:8])
-        with dispatch.as_in_forward(ctx.engine), torch.autocast(dy.device.type, enabled=False):
+        with dispatch.as_in_forward(ctx.engine), autocast.suspended(dy.device.type):
             inv_count = 1 / (z.shape[0] * z.shape[2] * z.shape[3]) if unit.batch_stats else 0.0
             dz, sums = ops.bn_relu_maxpool_backward(channels_last(dy), tap, z, bn, *ctx.pool, inv_count)
             lazy = (dz, None, None, None, 0.0)
