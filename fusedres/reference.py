@@ -233,7 +233,10 @@ def _dbn_factors(bn: Tensor, sums: Tensor, inv_count: float) -> tuple[Tensor, Te
 
 def dbn(g: Tensor, z: Tensor, bn: Tensor, sums: Tensor, inv_count: float) -> Tensor:
     a, b, c = (per_channel(v) for v in _dbn_factors(bn, sums, inv_count))
-    return channels_last((a * g + b * (z - per_channel(BN.rows(bn).mean)) + c).to(g.dtype))
+    dz = a * g
+    if inv_count != 0:  # constants: NaN in z or in the sums does not reach dz
+        dz = dz + b * (z - per_channel(BN.rows(bn).mean)) + c
+    return channels_last(dz.to(g.dtype))
 
 
 def input_moments(x: Tensor, in_bn: Tensor | None, stride: Sequence[int]) -> Tensor:
