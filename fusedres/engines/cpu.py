@@ -102,7 +102,7 @@ class CPUEngine(Engine):
         is_plain_gemm = (*w.shape[2:], *stride, *padding, groups) == (1, 1, 1, 1, 0, 0, 1)
         if is_plain_gemm:  # the transposed weight makes it a forward conv, which may add the residual as it stores
             fused = residual if tuple(residual_stride) == (1, 1) else None
-            transposed = FoldedConv(w.transpose(0, 1), None, (1, 1), (0, 0), (1, 1), 1)
+            transposed = FoldedConv(channels_last(w.transpose(0, 1)), None, (1, 1), (0, 0), (1, 1), 1)
             dx = onednn_conv(dz, transposed, fused, False)
             residual = residual if fused is None else None
         else:
@@ -185,7 +185,7 @@ def _drelu_(dx: Tensor, prev_z: Tensor | None, prev_bn: Tensor | None) -> Tensor
 
 def _pointwise(matrix: Tensor, bias: Tensor | None, dtype: torch.dtype) -> FoldedConv:
     """The 1x1 conv that multiplies pixels (rows) by ``matrix`` (C_in, C_out)."""
-    w = matrix.t().to(dtype)[:, :, None, None]
+    w = channels_last(matrix.t().to(dtype)[:, :, None, None])
     return FoldedConv(w, None if bias is None else bias.to(dtype), (1, 1), (0, 0), (1, 1), 1)
 
 
