@@ -20,8 +20,10 @@ def chain(
     spec: ChainSpec, x: Tensor, residual: Tensor | None, units: Sequence[UnitTensors], projection: UnitTensors | None
 ) -> Tensor:
     """Run a chain differentiably: ``x`` (N, C, H, W) -> (N, K, P, Q), both channels_last."""
-    tensors = [t for unit in (*units, *([projection] if projection else [])) for t in unit]
-    return ChainFunction.apply(spec, x, residual, *tensors)[0]
+    tensors = [*units, *([projection] if projection else [])]
+    if not torch.is_grad_enabled():
+        return _forward(spec, x, residual, tensors)[0]
+    return ChainFunction.apply(spec, x, residual, *(t for unit in tensors for t in unit))[0]
 
 
 class ClosedUnit(NamedTuple):

@@ -16,7 +16,14 @@ from fusedres.specs import PoolSpec, UnitSpec, UnitTensors
 
 def stem_chain(unit: UnitSpec, pool: PoolSpec, x: Tensor, t: UnitTensors) -> Tensor:
     """Run the stem differentiably: ``x`` (N, C, H, W) -> (N, K, P, Q) after pooling, both channels_last."""
+    if not torch.is_grad_enabled():
+        return _forward(unit, pool, x, t)[0]
     return StemFunction.apply(unit, pool, dispatch.forced(), x, *t)[0]
+
+
+def _forward(unit: UnitSpec, pool: PoolSpec, x: Tensor, t: UnitTensors) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    z, bn = stored_unit(unit, t, Operand(x, None))
+    return *ops.bn_relu_maxpool(z, bn, *pool), z, bn
 
 
 class StemFunction(torch.autograd.Function):
@@ -26,9 +33,7 @@ class StemFunction(torch.autograd.Function):
     def forward(
         unit: UnitSpec, pool: PoolSpec, engine: str | None, x: Tensor, *flat: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        (t,) = unit_tensors(flat)
-        z, bn = stored_unit(unit, t, Operand(x, None))
-        return *ops.bn_relu_maxpool(z, bn, *pool), z, bn
+        return _forward(unit, pool, x, *unit_tensors(flat))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
