@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import CONTESTANTS, pair
+from contest import CONTESTANTS, pair
 
 import fusedres
 

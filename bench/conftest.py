@@ -1,51 +1,15 @@
-"""Shared by the benchmarks: eager twins, and the proof that both compute the same before either is timed."""
+"""The fixture of all benchmarks: prove first, then time."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
+from contest import inference, launches_of, prove_equal, step
 from torch import Tensor, nn
 
-from fusedres.measure import count_launches, saved_bytes
-
-CONTESTANTS = ("eager", "fused")
-
-
-def pair(eager: nn.Module, fused: nn.Module) -> dict[str, nn.Module]:
-    """Both modules with the same weights and BN statistics that are not those of a fresh model, channels_last."""
-    torch.manual_seed(0)
-    for module in eager.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.running_mean, 0, 0.1)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-            nn.init.normal_(module.weight, 1, 0.3)
-            nn.init.normal_(module.bias, 0, 0.1)
-    fused.load_state_dict(copy.deepcopy(eager.state_dict()))
-    return {"eager": eager.to(memory_format=torch.channels_last), "fused": fused}
-
-
-def step(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
-    """One forward and backward pass; gradients are dropped, not accumulated."""
-
-    def run() -> Tensor:
-        model.zero_grad(set_to_none=True)
-        y = model(x)
-        y.backward(torch.ones_like(y))
-        return y.detach()
-
-    return run
-
-
-def inference(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
-    def run() -> Tensor:
-        with torch.inference_mode():
-            return model(x)
-
-    return run
+from fusedres.measure import saved_bytes
 
 
 @pytest.fixture
@@ -55,24 +19,11 @@ def compare(benchmark: Any) -> Callable[..., None]:
     def run(models: dict[str, nn.Module], contestant: str, x: Tensor, training: bool) -> None:
         for model in models.values():
             model.train(training)
-        _prove_equal(models, x)
+        prove_equal(models, x)
         model = models[contestant]
-        benchmark.extra_info["launches"] = _launches(model, x)
+        benchmark.extra_info["launches"] = launches_of(model, x)
         if training:
             benchmark.extra_info["saved_bytes"] = saved_bytes(model, x)
         benchmark.pedantic((step if training else inference)(model, x), rounds=7, warmup_rounds=2)
 
     return run
-
-
-def _prove_equal(models: dict[str, nn.Module], x: Tensor) -> None:
-    with torch.no_grad():
-        exact = copy.deepcopy(models["eager"]).double()(x.double())
-        errors = {name: (copy.deepcopy(model)(x) - exact).abs().max().item() for name, model in models.items()}
-    floor = torch.finfo(x.dtype).eps * exact.abs().max().item()
-    assert errors["fused"] <= 2 * errors["eager"] + floor, errors
-
-
-def _launches(model: nn.Module, x: Tensor) -> int:
-    launches = count_launches(lambda: model(x))
-    return launches.forward + launches.backward
