@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from fusedres.measure import count_launches
+
 CONTESTANTS = ("eager", "fused")
 
 
