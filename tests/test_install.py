@@ -140,7 +140,8 @@ def source_tree(to: Path) -> Path:
 
 def wheel_of(tree: Path, **environ: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", "wheels", "."]
-    environment = {**os.environ, **environ}
+    asked = {name: value for name, value in os.environ.items() if not name.startswith("FUSEDRES_")}
+    environment = {**asked, **environ}
     return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
 
 

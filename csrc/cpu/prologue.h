@@ -21,11 +21,12 @@ FUSEDRES_INLINE V drelu(V gradient, V activated) {
 }
 
 // BN backward dz = a*g + b*(z - mean) + c for the channels at c; factors (4, channels): a, b, c, mean (factors.h).
+// Where b is 0 the statistics are constants, and a NaN in z must not reach dz.
 template <typename Lanes, typename Acc, typename V>
 FUSEDRES_INLINE V dbn_apply(Lanes lanes, const Acc* factors, int64_t channels, int64_t c, V g, V z) {
-  const V centred = z - lanes.load(factors + 3 * channels + c);
-  return lanes.load(factors + c) * g +
-         (lanes.load(factors + channels + c) * centred + lanes.load(factors + 2 * channels + c));
+  const V centred = z - lanes.load(factors + 3 * channels + c), b = lanes.load(factors + channels + c);
+  const V along_z = b == V{} ? V{} : b * centred;
+  return lanes.load(factors + c) * g + (along_z + lanes.load(factors + 2 * channels + c));
 }
 
 }  // namespace fusedres::cpu::FUSEDRES_ISA
