@@ -100,8 +100,8 @@ class CPUEngine(Engine):
     ) -> tuple[Tensor, Tensor]:
         dz = g if z is None else kernels.dbn(g, z, bn, sums, inv_count)
         is_plain_gemm = (*w.shape[2:], *stride, *padding, groups) == (1, 1, 1, 1, 0, 0, 1)
-        # The transposed weight makes it a forward conv, which may add the residual as it stores. Not where the sum over K
-        # is the long one: oneDNN's forward conv adds it up in one chain, with three times the rounding of its dgrad.
+        # The transposed weight makes it a forward conv, which may add the residual as it stores. Not where the sum over
+        # K is the long one: oneDNN's forward conv adds that up with three times the rounding of its dgrad.
         if is_plain_gemm and w.shape[0] <= w.shape[1]:
             fused = residual if tuple(residual_stride) == (1, 1) else None
             transposed = FoldedConv(channels_last(w.transpose(0, 1)), None, (1, 1), (0, 0), (1, 1), 1)
