@@ -80,7 +80,7 @@ def run(spec: ChainSpec, x: Tensor, residual: Tensor | None, pairs: Sequence[Con
 def _key(spec: ChainSpec, x: Tensor, pairs: Sequence[ConvBN]) -> tuple[Any, ...] | None:
     """What the folded form depends on; None where changes could go unseen."""
     tensors = [t for pair in pairs for t in _sources(pair) if t is not None]
-    if native.missing is not None or any(t.device.type != "cpu" for t in tensors):
+    if native.missing is not None or not all(t.is_cpu for t in tensors):
         return None
     identity = tuple((t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in tensors)
     is_counted = pairs[0].conv in _frozen and not any(t.is_inference() for t in tensors)

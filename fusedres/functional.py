@@ -18,7 +18,7 @@ from fusedres import autocast, folding
 from fusedres.autograd import chain, stem_chain
 from fusedres.inspection import batch_norm_reason, conv_reason, plain_reason, pool_reason
 from fusedres.layout import channels_last
-from fusedres.problem import ConvProblem, as_pair
+from fusedres.problem import Pair, as_pair, out_size
 from fusedres.specs import ChainSpec, Memory, PoolSpec, Residual, UnitSpec, UnitTensors
 
 
@@ -32,21 +32,22 @@ class ConvBN(NamedTuple):
 def unit_spec(pair: ConvBN) -> UnitSpec:
     """What a step needs to know of a conv and its BN, read at every call: users change modes and momenta freely."""
     conv, bn = pair
-    stride, padding, dilation = (as_pair(v) for v in (conv.stride, _padding(conv), conv.dilation))
     batch_stats = _uses_batch_stats(bn)
     momentum = getattr(bn, "momentum", None)
     if momentum is None and getattr(bn, "num_batches_tracked", None) is None:
         momentum = 0.0
-    return UnitSpec(stride, padding, dilation, conv.groups, batch_stats, momentum, bn.eps)
+    return UnitSpec(
+        as_pair(conv.stride), _padding(conv), as_pair(conv.dilation), conv.groups, batch_stats, momentum, bn.eps
+    )
 
 
-def _padding(conv: nn.Conv2d) -> tuple[int, ...]:
+def _padding(conv: nn.Conv2d) -> Pair:
     """The padding as numbers; "same" is even on both sides here, for ``conv_reason`` refuses the uneven kind."""
     if conv.padding == "valid":
         return (0, 0)
     if conv.padding == "same":
-        return tuple(d * (k - 1) // 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
-    return tuple(int(p) for p in conv.padding)
+        return as_pair([d * (k - 1) // 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)])
+    return as_pair(conv.padding)  # type: ignore[arg-type]  # the words were dealt with
 
 
 def _uses_batch_stats(bn: nn.Module) -> bool:
@@ -99,7 +100,8 @@ def residual_chain(
     convs = [*pairs, *([projection] if projection else [])]
     if chain_reason(convs, activations) is not None or not _is_fusable_input(x):
         return unfused(x)
-    shape = _check(x, pairs, shortcut)
+    units = [unit_spec(pair) for pair in convs]
+    shape = _check(x, pairs, units, shortcut)
     residual: Residual = "none"
     given = None
     if projection:
@@ -110,15 +112,13 @@ def residual_chain(
         residual, given = "tensor", shortcut.expand(shape)
     x_format, x = x, _entering(x)
     given = None if given is None else channels_last(given.to(x.dtype))
-    spec = ChainSpec(
-        tuple(unit_spec(p) for p in pairs), unit_spec(projection) if projection else None, residual, relu, memory
-    )
+    spec = ChainSpec(tuple(units[: len(pairs)]), units[-1] if projection else None, residual, relu, memory)
     with autocast.suspended(x.device.type):
         if folding.serves(spec, x, given, convs):
             y = folding.run(spec, x, given, convs)
         else:
-            units = [_cast(unit_tensors(p), x.dtype) for p in convs]
-            y = chain(spec, x, given, units[: len(pairs)], units[-1] if projection else None)
+            tensors = [_cast(unit_tensors(p), x.dtype) for p in convs]
+            y = chain(spec, x, given, tensors[: len(pairs)], tensors[-1] if projection else None)
     return _leaving(y, x_format)
 
 
@@ -153,21 +153,26 @@ def _cast(t: UnitTensors, dtype: torch.dtype) -> UnitTensors:
     return t._replace(w=t.w.to(dtype), conv_bias=None if t.conv_bias is None else t.conv_bias.to(dtype))
 
 
-def _check(x: Tensor, pairs: Sequence[ConvBN], shortcut: ConvBN | Tensor | None) -> torch.Size:
-    """The chain's output shape. Refuses bad input before any statistics move; every message names shapes or dtypes."""
+def _check(
+    x: Tensor, pairs: Sequence[ConvBN], units: Sequence[UnitSpec], shortcut: ConvBN | Tensor | None
+) -> torch.Size:
+    """The chain's output shape. Refuses bad input before any statistics move; every message names shapes or dtypes.
+
+    ``units`` describe ``pairs`` and, last, a projection.
+    """
     shape = x.shape
-    for pair in pairs:
-        shape = _check_pair(x, shape, pair)
+    for pair, unit in zip(pairs, units, strict=False):
+        shape = _check_pair(x, shape, pair, unit)
     if shortcut is None:
         return shape
-    other = shortcut.shape if isinstance(shortcut, Tensor) else _check_pair(x, x.shape, shortcut)
+    other = shortcut.shape if isinstance(shortcut, Tensor) else _check_pair(x, x.shape, shortcut, units[-1])
     broadcasts = len(other) == 4 and all(a in (1, b) for a, b in zip(other, shape, strict=True))
     if other != shape and not (isinstance(shortcut, Tensor) and broadcasts):
         raise ValueError(f"the shortcut has shape {tuple(other)}, the residual branch {tuple(shape)}")
     return shape
 
 
-def _check_pair(x: Tensor, shape: torch.Size, pair: ConvBN) -> torch.Size:
+def _check_pair(x: Tensor, shape: torch.Size, pair: ConvBN, unit: UnitSpec) -> torch.Size:
     """The output shape of a conv and BN given an input of ``shape``, device and dtype of ``x``."""
     conv, bn = pair
     w = conv.weight
@@ -181,17 +186,21 @@ def _check_pair(x: Tensor, shape: torch.Size, pair: ConvBN) -> torch.Size:
         raise RuntimeError(f"the input is on {x.device}, the weight on {w.device}")
     if w.dtype != x.dtype and not autocast.is_on(x.device.type):
         raise RuntimeError(f"the input is {x.dtype}, the weight {w.dtype}")
-    problem = ConvProblem.of(shape, w, *(unit := unit_spec(pair)).conv)
-    if problem.P < 1 or problem.Q < 1:
-        raise RuntimeError(f"the kernel {tuple(w.shape[2:])} does not fit into an input of shape {tuple(shape)}")
-    out = torch.Size((problem.N, problem.K, problem.P, problem.Q))
-    if unit.batch_stats and problem.gemm_m == 1:
+    n, (k, _, r, s) = shape[0], w.shape
+    p = out_size(shape[2], r, unit.stride[0], unit.padding[0], unit.dilation[0])
+    q = out_size(shape[3], s, unit.stride[1], unit.padding[1], unit.dilation[1])
+    if p < 1 or q < 1:
+        raise RuntimeError(f"the kernel {(r, s)} does not fit into an input of shape {tuple(shape)}")
+    out = torch.Size((n, k, p, q))
+    if unit.batch_stats and n * p * q == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {out}")
     for name in ("weight", "bias", "running_mean", "running_var"):
         vector = getattr(bn, name)
-        if vector is not None and tuple(vector.shape) != (problem.K,):
-            raise RuntimeError(f"BN {name} has shape {tuple(vector.shape)}, expected ({problem.K},)")
-        if vector is not None and vector.device != x.device:
+        if vector is None:
+            continue
+        if vector.shape != w.shape[:1]:
+            raise RuntimeError(f"BN {name} has shape {tuple(vector.shape)}, expected ({k},)")
+        if vector.device != x.device:
             raise RuntimeError(f"the input is on {x.device}, BN {name} on {vector.device}")
     return out
 
@@ -206,8 +215,8 @@ def stem(x: Tensor, conv: nn.Conv2d, bn: nn.Module, relu: nn.Module, maxpool: nn
     pair = ConvBN(conv, bn)
     is_fusable = _is_fusable_input(x) and pool_reason(maxpool) is None and chain_reason([pair], [relu]) is None
     if is_fusable and isinstance(maxpool, nn.MaxPool2d):
-        _check(x, [pair], None)
         entering, unit = _entering(x), unit_spec(pair)
+        _check(x, [pair], [unit], None)
         if not folding.serves(ChainSpec((unit,), None, "none", True, "standard"), entering, None, [pair]):
             pool = PoolSpec(*(as_pair(v)[0] for v in (maxpool.kernel_size, maxpool.stride, maxpool.padding)))
             with autocast.suspended(x.device.type):

@@ -10,16 +10,6 @@ from fusedres.problem import as_pair
 #: The winning tap of a window is stored in eight bits.
 MAX_POOL_KERNEL = 16
 
-#: Hook tables of a module; a fused call would not run them.
-_HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-_GLOBAL_HOOK_TABLES = (
-    "_global_forward_hooks",
-    "_global_forward_pre_hooks",
-    "_global_backward_hooks",
-    "_global_backward_pre_hooks",
-)
-
 
 def plain_reason(module: nn.Module, *types: type[nn.Module]) -> str | None:
     """Why ``module`` is more than a plain instance of one of ``types``, or None if it is just that.
@@ -32,13 +22,23 @@ def plain_reason(module: nn.Module, *types: type[nn.Module]) -> str | None:
 
 
 def hook_reason(module: nn.Module) -> str | None:
-    """Why calling ``module`` is more than calling its class's forward, or None."""
+    """Why calling ``module`` is more than calling its class's forward, or None. Asked at every call, so kept quick."""
     state = module.__dict__
-    if any(state[table] for table in _HOOK_TABLES):
+    if (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+    ):
         return f"a hook is attached to a {type(module).__name__}"
     if "forward" in state:
         return f"the forward of a {type(module).__name__} was replaced"
-    if any(getattr(_module_globals, table) for table in _GLOBAL_HOOK_TABLES):
+    if (
+        _module_globals._global_forward_hooks
+        or _module_globals._global_forward_pre_hooks
+        or _module_globals._global_backward_hooks
+        or _module_globals._global_backward_pre_hooks
+    ):
         return "a global module hook is attached"
     return None
 

@@ -12,6 +12,8 @@ Pair = tuple[int, int]
 
 def as_pair(value: int | Sequence[int]) -> Pair:
     """``3 -> (3, 3)``; ``(3, 1) -> (3, 1)``. ValueError for any other length."""
+    if type(value) is tuple and len(value) == 2:
+        return value
     if isinstance(value, int):
         return value, value
     first, *rest = value

@@ -16,8 +16,7 @@ Memory = Literal["standard", "recompute"]
 Residual = Literal["none", "input", "tensor", "projection"]
 
 
-@dataclass(frozen=True)
-class UnitSpec:
+class UnitSpec(NamedTuple):
     """What does not change from step to step in one conv and its BN."""
 
     stride: Pair
