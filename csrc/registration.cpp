@@ -1,6 +1,7 @@
 // The native library's implementations. Their schemas are Python's: fusedres/native.py.
 #include <torch/csrc/stable/library.h>
 
+#include "cpu/conv.h"
 #include "cpu/ops.h"
 #include "cpu/wgrad.h"
 
@@ -13,6 +14,10 @@ STABLE_TORCH_LIBRARY_IMPL(fusedres_cpu, CPU, m) {
   m.impl("dbn", TORCH_BOX(&dbn));
   m.impl("bn_relu_maxpool", TORCH_BOX(&bn_relu_maxpool));
   m.impl("bn_relu_maxpool_backward", TORCH_BOX(&bn_relu_maxpool_backward));
+  m.impl("conv_pack", TORCH_BOX(&conv_pack));
+  m.impl("conv_fprop", TORCH_BOX(&conv_fprop));
+  m.impl("conv_dgrad", TORCH_BOX(&conv_dgrad));
+  m.impl("folded_chain", TORCH_BOX(&folded_chain));
   m.impl("conv_wgrad", TORCH_BOX(&conv_wgrad));
   m.impl("centered_wgrad", TORCH_BOX(&centered_wgrad));
   m.impl("input_moments", TORCH_BOX(&input_moments));

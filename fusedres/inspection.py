@@ -33,14 +33,17 @@ def hook_reason(module: nn.Module) -> str | None:
         return f"a hook is attached to a {type(module).__name__}"
     if "forward" in state:
         return f"the forward of a {type(module).__name__} was replaced"
-    if (
+    return "a global module hook is attached" if has_global_hooks() else None
+
+
+def has_global_hooks() -> bool:
+    """Whether a hook is attached to every module at once."""
+    return bool(
         _module_globals._global_forward_hooks
         or _module_globals._global_forward_pre_hooks
         or _module_globals._global_backward_hooks
         or _module_globals._global_backward_pre_hooks
-    ):
-        return "a global module hook is attached"
-    return None
+    )
 
 
 def conv_reason(conv: nn.Module) -> str | None:

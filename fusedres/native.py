@@ -26,6 +26,17 @@ _SCHEMAS = (
     "bn_relu_maxpool(Tensor z, Tensor bn, int kernel_size, int stride, int padding) -> (Tensor, Tensor)",
     "bn_relu_maxpool_backward(Tensor dy, Tensor tap, Tensor z, Tensor bn, int kernel_size, int stride, int padding,"
     " float inv_count) -> (Tensor, Tensor)",
+    # A weight (K, C, R, S) of any strides in the order in which conv_fprop reads it: 1-D. float32, float64.
+    "conv_pack(Tensor w) -> Tensor",
+    # y = act(conv(x, w) + bias + residual), groups 1, float32, float64; with `packed` given, `w` only tells sizes.
+    "conv_fprop(Tensor x, Tensor w, Tensor? packed, Tensor? bias, Tensor? residual, int[2] stride, int[2] padding,"
+    " int[2] dilation, bool relu) -> Tensor",
+    # dx of the output's gradient dz, plus `residual` on every residual_stride-th row and column; as conv_fprop.
+    "conv_dgrad(Tensor dz, Tensor w, int[2] input_size, int[2] stride, int[2] padding, int[2] dilation,"
+    " Tensor? residual, int[2] residual_stride) -> Tensor",
+    # A FoldedChain (fusedres/engines), a projection's conv last; geometry: stride, padding and dilation of each conv.
+    "folded_chain(Tensor x, Tensor? residual, Tensor[] weights, Tensor[] packed, Tensor[] biases, int[] geometry,"
+    " bool identity, bool projection, bool relu) -> Tensor",
     # As fusedres::conv_wgrad, groups 1; dw is (K, C, R, S) channels_last.
     "conv_wgrad(Tensor g, Tensor? z, Tensor? bn, Tensor? sums, float inv_count, Tensor x, Tensor? in_bn,"
     " int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation) -> Tensor",

@@ -1,6 +1,7 @@
 // The native op `channel_stats`.
 #include "cpu/checks.h"
 #include "cpu/isa.h"
+#include "cpu/memory.h"
 #include "cpu/ops.h"
 #include "cpu/parallel.h"
 

@@ -1,7 +1,5 @@
 #include "cpu/checks.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 
 namespace fusedres::cpu {
@@ -90,13 +88,5 @@ void check_tensor(const Tensor& tensor, const char* name, ScalarType dtype, cons
 void check_channels(const Tensor& tensor, const char* name, ScalarType dtype, int64_t rows, int64_t channels) {
   check_tensor(tensor, name, acc_dtype(dtype), {rows, channels});
 }
-
-Tensor new_activation(const Activation& sizes, ScalarType dtype) {
-  const int64_t shape[] = {sizes.N, sizes.C, sizes.H, sizes.W};
-  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(shape, 4), dtype, std::nullopt, std::nullopt,
-                              std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
-}
-
-Tensor new_tensor(const std::vector<int64_t>& sizes, ScalarType dtype) { return torch::stable::empty(sizes, dtype); }
 
 }  // namespace fusedres::cpu

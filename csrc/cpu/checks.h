@@ -58,12 +58,6 @@ void check_tensor(const Tensor& tensor, const char* name, ScalarType dtype, cons
 // bn (4, C), sums (2, C), ...: a contiguous (rows, C) tensor in the accumulation dtype of activation dtype `dtype`.
 void check_channels(const Tensor& tensor, const char* name, ScalarType dtype, int64_t rows, int64_t channels);
 
-// An uninitialised dense channels_last tensor (N, C, H, W).
-Tensor new_activation(const Activation& sizes, ScalarType dtype);
-
-// An uninitialised contiguous tensor.
-Tensor new_tensor(const std::vector<int64_t>& sizes, ScalarType dtype);
-
 template <typename T>
 const T* const_data(const Tensor& tensor) {
   return static_cast<const T*>(tensor.const_data_ptr());

@@ -1,6 +1,7 @@
 // The native ops `drelu_dbn` and `drelu_dbn_`: the backward tail.
 #include "cpu/checks.h"
 #include "cpu/isa.h"
+#include "cpu/memory.h"
 #include "cpu/ops.h"
 #include "cpu/parallel.h"
 #include "cpu/sums.h"

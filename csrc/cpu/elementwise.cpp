@@ -2,6 +2,7 @@
 #include "cpu/checks.h"
 #include "cpu/factors.h"
 #include "cpu/isa.h"
+#include "cpu/memory.h"
 #include "cpu/ops.h"
 #include "cpu/parallel.h"
 

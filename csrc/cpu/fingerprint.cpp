@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "cpu/checks.h"
+#include "cpu/memory.h"
 #include "cpu/ops.h"
 #include "cpu/parallel.h"
 

@@ -4,6 +4,7 @@
 
 #include "cpu/checks.h"
 #include "cpu/isa.h"
+#include "cpu/memory.h"
 #include "cpu/ops.h"
 #include "cpu/parallel.h"
 

@@ -3,6 +3,7 @@
 
 #include "cpu/checks.h"
 #include "cpu/isa.h"
+#include "cpu/memory.h"
 #include "cpu/sums.h"
 #include "cpu/wgrad.h"
 #include "cpu/wgrad_checks.h"

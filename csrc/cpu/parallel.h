@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 
 namespace fusedres::cpu {
@@ -51,6 +52,15 @@ template <typename Function>
 void parallel_for_each(int64_t count, const Function& function) {
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) function(item);
+  });
+}
+
+// function(worker, task) for every task in [0, count): whoever is free takes the next.
+template <typename Function>
+void share_tasks(int64_t workers, int64_t count, const Function& function) {
+  std::atomic<int64_t> next{0};
+  parallel_for_each(workers, [&](int64_t worker) {
+    for (int64_t task = next++; task < count; task = next++) function(worker, task);
   });
 }
 

@@ -2,13 +2,13 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include <atomic>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "cpu/checks.h"
 #include "cpu/isa.h"
+#include "cpu/memory.h"
 #include "cpu/parallel.h"
 
 #define FUSEDRES_KERNELS "cpu/wgrad_kernels.h"
@@ -16,15 +16,6 @@
 
 namespace fusedres::cpu {
 namespace {
-
-// function(worker, task) for every task in [0, count): whoever is free takes the next.
-template <typename Function>
-void share_tasks(int64_t workers, int64_t count, const Function& function) {
-  std::atomic<int64_t> next{0};
-  parallel_for_each(workers, [&](int64_t worker) {
-    for (int64_t task = next++; task < count; task = next++) function(worker, task);
-  });
-}
 
 // Uninitialised memory for `count` elements, 64-byte aligned.
 template <typename Element>

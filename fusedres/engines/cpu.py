@@ -1,7 +1,8 @@
-"""The ``cpu`` engine: oneDNN's convolutions with fused epilogues, and the native kernels of csrc/cpu around them.
+"""The ``cpu`` engine: the native kernels of csrc/cpu.
 
-oneDNN offers no prologues, so the caller materialises them; weight gradients and second moments do without, for the
-native kernels apply theirs while packing.
+Convolutions are native in float32 and float64 without groups; oneDNN's, with fused epilogues, serve the rest. None has a
+prologue, so the caller materialises it; weight gradients and second moments do without, for they apply theirs while
+packing.
 """
 
 from __future__ import annotations
@@ -53,6 +54,9 @@ class CPUEngine(Engine):
     bn_relu_maxpool_backward = staticmethod(kernels.bn_relu_maxpool_backward)
 
     def compile_folded(self, chain: FoldedChain, x_shape: torch.Size) -> FoldedRun | None:
+        convs = (*chain.convs, *((chain.projection,) if chain.projection else ()))
+        if all(_is_native(conv.w, conv.groups) for conv in convs):
+            return _native_chain(chain, convs)
         return None if onednn_reason(chain.convs[0].w.dtype) else PackedChain(chain, x_shape)
 
     @staticmethod
@@ -72,7 +76,9 @@ class CPUEngine(Engine):
         if native.missing is not None and (in_bn is not None or genstats):
             return reference.conv_fprop(x, w, bias, residual, in_bn, stride, padding, dilation, groups, relu, genstats)
         x = _input(x, in_bn)
-        if residual is None and not relu:
+        if _is_native(x, groups):
+            y = kernels.conv_fprop(x, w, None, bias, residual, stride, padding, dilation, relu)
+        elif residual is None and not relu:
             y = F.conv2d(x, w, bias, stride, padding, dilation, groups)
         else:
             conv = FoldedConv(w, bias, as_pair(stride), as_pair(padding), as_pair(dilation), groups)
@@ -99,6 +105,9 @@ class CPUEngine(Engine):
         prev_bn: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         dz = g if z is None else kernels.dbn(g, z, bn, sums, inv_count)
+        if _is_native(dz, groups):
+            dx = kernels.conv_dgrad(dz, w, input_size, stride, padding, dilation, residual, residual_stride)
+            return dx, _drelu_(dx, prev_z, prev_bn)
         is_plain_gemm = (*w.shape[2:], *stride, *padding, groups) == (1, 1, 1, 1, 0, 0, 1)
         # The transposed weight makes it a forward conv, which may add the residual as it stores. Not where the sum over
         # K is the long one: oneDNN's forward conv adds that up with three times the rounding of its dgrad.
@@ -170,14 +179,43 @@ class CPUEngine(Engine):
     ) -> tuple[Tensor, Tensor]:
         from_g, from_x, constant = reference.pointwise_dgrad_operands(moments, w, bn, sums, inv_count)
         a = channels_last(_input(x, in_bn)[:, :, :: stride[0], :: stride[1]])
-        part = onednn_conv(a, _pointwise(from_x, constant, g.dtype), None, False)
-        dx = channels_last(onednn_conv(g, _pointwise(from_g, None, g.dtype), part, False))
+        part = _run(a, _pointwise(from_x, constant, g.dtype), None)
+        dx = channels_last(_run(g, _pointwise(from_g, None, g.dtype), part))
         return dx, _drelu_(dx, prev_z, prev_bn)
 
 
 def _input(x: Tensor, in_bn: Tensor | None) -> Tensor:
     """A conv's input with its prologue materialised."""
     return x if in_bn is None else kernels.scale_shift_add_relu(x, in_bn, None, None, True)
+
+
+def _native_chain(chain: FoldedChain, convs: Sequence[FoldedConv]) -> FoldedRun:
+    """``chain`` in one native call, weights packed; ``convs`` are all of its convs, a projection last."""
+    weights = [conv.w for conv in convs]
+    packed = [kernels.conv_pack(w) for w in weights]
+    biases = [
+        w.new_zeros(w.shape[0]) if conv.bias is None else conv.bias for conv, w in zip(convs, weights, strict=True)
+    ]
+    geometry = [size for conv in convs for size in (*conv.stride, *conv.padding, *conv.dilation)]
+
+    def run(x: Tensor, residual: Tensor | None) -> Tensor:
+        return kernels.folded_chain(
+            x, residual, weights, packed, biases, geometry, chain.identity, chain.projection is not None, chain.relu
+        )
+
+    return run
+
+
+def _is_native(x: Tensor, groups: int) -> bool:
+    """Whether the native library computes convolutions of ``x``."""
+    return native.missing is None and groups == 1 and x.dtype in (torch.float32, torch.float64)
+
+
+def _run(x: Tensor, conv: FoldedConv, residual: Tensor | None) -> Tensor:
+    """``conv(x) + residual``."""
+    if not _is_native(x, conv.groups):
+        return onednn_conv(x, conv, residual, False)
+    return kernels.conv_fprop(x, conv.w, None, conv.bias, residual, conv.stride, conv.padding, conv.dilation, False)
 
 
 def _drelu_(dx: Tensor, prev_z: Tensor | None, prev_bn: Tensor | None) -> Tensor:

@@ -1,0 +1,131 @@
+// The native ops `conv_fprop`, `conv_dgrad` and `conv_pack`.
+#include "cpu/conv.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include "cpu/conv_pack.h"
+#include "cpu/conv_run.h"
+#include "cpu/memory.h"
+#include "cpu/parallel.h"
+
+namespace fusedres::cpu {
+namespace {
+
+// `x` with the padding of its rows written out.
+template <typename T>
+Tensor pad_columns(const T* x, const Conv& conv, ScalarType dtype) {
+  const ConvAxis& w = conv.axes.w;
+  const int64_t rows = conv.N * conv.axes.h.in, length = w.in * conv.C, margin = w.padding * conv.C;
+  const Tensor padded = new_tensor({rows, length + 2 * margin}, dtype);
+  T* const to = mutable_data<T>(padded);
+  parallel_for_each(rows, [&](int64_t row) {
+    T* at = std::fill_n(to + row * (length + 2 * margin), margin, T{0});
+    at = std::copy_n(x + row * length, length, at);
+    std::fill_n(at, margin, T{0});
+  });
+  return padded;
+}
+
+template <typename T>
+Tensor packed_weight(const ConvPlan& plan, const Tensor& w, const WeightStrides& strides) {
+  const Tensor packed = new_tensor({plan.packed_elements()}, w.scalar_type());
+  pack_weight(plan, const_data<T>(w), strides, mutable_data<T>(packed));
+  return packed;
+}
+
+template <typename T>
+Tensor packed_for_fprop(const ConvPlan& plan, const Tensor& w) {
+  return packed_weight<T>(plan, w, {w.stride(0), w.stride(2), w.stride(3), w.stride(1), w.size(1)});
+}
+
+// float32 or float64; any strides.
+void check_weight(const Tensor& w) {
+  const ScalarType dtype = w.scalar_type();
+  require(w.is_cpu() && w.dim() == 4 && w.numel() > 0 && (dtype == ScalarType::Float || dtype == ScalarType::Double),
+          "w is ", describe(w), ", expected a (K, C, R, S) CPU tensor of float32 or float64");
+}
+
+template <typename Function>
+void for_conv_dtype(ScalarType dtype, const Function& function) {
+  if (dtype == ScalarType::Double) return function(double{});
+  function(float{});
+}
+
+}  // namespace
+
+Tensor conv_pack(const Tensor& w) {
+  check_weight(w);
+  // The order of a packed weight does not depend on the input's size.
+  const auto axis = [](int64_t kernel) { return check_axis(kernel, kernel, 1, 0, 1); };
+  Tensor packed = w;
+  for_conv_dtype(w.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    const ConvPlan plan = fprop_plan<T>({1, w.size(1), w.size(0), {axis(w.size(2)), axis(w.size(3))}}, 1);
+    packed = packed_for_fprop<T>(plan, w);
+  });
+  return packed;
+}
+
+Tensor conv_fprop(const Tensor& x, const Tensor& w, const MaybeTensor& packed, const MaybeTensor& bias,
+                  const MaybeTensor& residual, const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                  const std::vector<int64_t>& dilation, bool relu) {
+  check_weight(w);
+  const Activation in = check_activation(x, "x");
+  const ScalarType dtype = x.scalar_type();
+  require(w.scalar_type() == dtype && w.size(1) == in.C, "x is ", describe(x), " and w is ", describe(w),
+          ", expected one dtype and number of channels");
+  const int64_t K = w.size(0);
+  const Conv conv{in.N, in.C, K, check_axes({in.H, in.W}, {w.size(2), w.size(3)}, stride, padding, dilation)};
+  const Tensor y = new_activation({in.N, K, conv.axes.h.out, conv.axes.w.out}, dtype);
+  if (bias) check_tensor(*bias, "bias", dtype, {K});
+  if (residual) check_like(*residual, "residual", y, "the output");
+  for_conv_dtype(dtype, [&](auto element) {
+    using T = decltype(element);
+    const ConvPlan plan = fprop_plan<T>(conv, torch::stable::get_num_threads());
+    if (packed) check_tensor(*packed, "packed", dtype, {plan.packed_elements()});
+    const Tensor weight = packed ? *packed : packed_for_fprop<T>(plan, w);
+    const Tensor input = merges_columns(conv) ? pad_columns(const_data<T>(x), conv, dtype) : x;
+    ConvOperands<T> operands{const_data<T>(input), const_data<T>(weight), mutable_data<T>(y)};
+    operands.bias = const_data<T>(bias);
+    operands.residual = const_data<T>(residual);
+    operands.relu = relu;
+    run(plan, operands);
+  });
+  return y;
+}
+
+Tensor conv_dgrad(const Tensor& dz, const Tensor& w, const std::vector<int64_t>& input_size,
+                  const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                  const std::vector<int64_t>& dilation, const MaybeTensor& residual,
+                  const std::vector<int64_t>& residual_stride) {
+  check_weight(w);
+  const Activation out = check_activation(dz, "dz");
+  const ScalarType dtype = dz.scalar_type();
+  const ConvAxes axes = check_axes(input_size, {w.size(2), w.size(3)}, stride, padding, dilation);
+  require(w.scalar_type() == dtype && w.size(0) == out.C && axes.h.out == out.H && axes.w.out == out.W, "dz is ",
+          describe(dz), " and w is ", describe(w), ", expected one dtype, number of channels, and height and width (",
+          axes.h.out, ", ", axes.w.out, ")");
+  const int64_t C = w.size(1);
+  const Tensor dx = new_activation({out.N, C, axes.h.in, axes.w.in}, dtype);
+  if (residual) {
+    check_pair(residual_stride, "residual_stride", 1);
+    check_channels_last(*residual, "residual", dtype,
+                        {out.N, C, ceil_div(axes.h.in, residual_stride[0]), ceil_div(axes.w.in, residual_stride[1])});
+  }
+  for_conv_dtype(dtype, [&](auto element) {
+    using T = decltype(element);
+    for (const Gather& gather : dgrad_gathers(axes.h, axes.w)) {
+      const ConvPlan plan = gather_plan<T>({out.N, C, out.H, out.W, out.C, out.C, axes.h.in, axes.w.in}, gather,
+                                           torch::stable::get_num_threads());
+      const Tensor weight = packed_weight<T>(plan, w, {w.stride(1), w.stride(2), w.stride(3), w.stride(0), w.size(0)});
+      ConvOperands<T> operands{const_data<T>(dz), const_data<T>(weight), mutable_data<T>(dx)};
+      operands.residual = const_data<T>(residual);
+      operands.residual_h = residual ? residual_stride[0] : 1;
+      operands.residual_w = residual ? residual_stride[1] : 1;
+      run(plan, operands);
+    }
+  });
+  return dx;
+}
+
+}  // namespace fusedres::cpu

@@ -1,0 +1,134 @@
+// Convolution of one block of pixels by one block of panels, and the packing of weights into panels. Included by
+// foreach_isa.h, per instruction set.
+
+#include "cpu/prologue.h"
+
+namespace fusedres::cpu::FUSEDRES_ISA {
+
+// A micro-tile's sums, one panel row of weights and one broadcast element fill the registers: 16 of them, 32 for
+// 64-byte vectors.
+constexpr int kConvPixels = FUSEDRES_VECTOR_BYTES == 64 ? 12 : 6, kConvVectors = 2;
+
+template <typename T>
+constexpr int64_t kConvChannels = kConvVectors * kLanes<T>;
+
+template <typename T>
+ConvTile conv_tile() {
+  return {kConvPixels, kConvChannels<T>};
+}
+
+// sums (kPixels, kConvChannels) (+)= over `taps` taps and `depth` channels of each: input * panel.
+// inputs (taps, kConvPixels) point at the first channel; panel (taps, depth, kConvChannels).
+template <typename T, int kPixels>
+void conv_micro_tile(const T* const* inputs, int64_t taps, int64_t channel, int64_t depth, const T* panel, T* sums,
+                     bool is_first) {
+  Vec<T> acc[kPixels][kConvVectors] = {};
+  for (int64_t tap = 0; tap < taps; ++tap, inputs += kConvPixels) {
+    const T* pixels[kPixels];
+#pragma GCC unroll 12
+    for (int i = 0; i < kPixels; ++i) pixels[i] = inputs[i] + channel;
+#pragma GCC unroll 4
+    for (int64_t c = 0; c < depth; ++c, panel += kConvChannels<T>) {
+      Vec<T> weights[kConvVectors];
+#pragma GCC unroll 2
+      for (int j = 0; j < kConvVectors; ++j) weights[j] = load(panel + j * kLanes<T>);
+#pragma GCC unroll 12
+      for (int i = 0; i < kPixels; ++i) {
+        const Vec<T> value = broadcast(pixels[i][c]);
+#pragma GCC unroll 2
+        for (int j = 0; j < kConvVectors; ++j) acc[i][j] += value * weights[j];
+      }
+    }
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < kPixels; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kConvVectors; ++j) {
+      T* to = sums + i * kConvChannels<T> + j * kLanes<T>;
+      store(to, is_first ? acc[i][j] : load(to) + acc[i][j]);
+    }
+  }
+}
+
+template <typename T>
+using ConvMicroTile = void (*)(const T* const*, int64_t, int64_t, int64_t, const T*, T*, bool);
+
+template <typename T, int kPixels = kConvPixels>
+ConvMicroTile<T> conv_micro_tile_of(int64_t pixels) {
+  if constexpr (kPixels > 1) {
+    if (pixels < kPixels) return conv_micro_tile_of<T, kPixels - 1>(pixels);
+  }
+  return conv_micro_tile<T, kPixels>;
+}
+
+// Bias, residual and ReLU on a finished micro-tile, and its way to y.
+template <typename T>
+void conv_write_tile(const ConvOperands<T>& operands, const int64_t* outputs, const T* const* residual, int64_t pixels,
+                     int64_t channel, int64_t channels, const T* sums) {
+  for_each_vector<T>(channels, [&](auto lanes, int64_t c) {
+    const Vec<T> bias = operands.bias == nullptr ? Vec<T>{} : lanes.load(operands.bias + channel + c);
+    for (int64_t i = 0; i < pixels; ++i) {
+      Vec<T> value = load(sums + i * kConvChannels<T> + c) + bias;
+      if (residual[i] != nullptr) value += lanes.load(residual[i] + channel + c);
+      lanes.store(operands.y + outputs[i] + channel + c, operands.relu ? relu(value) : value);
+    }
+  });
+}
+
+// Asks for the lines of `count` elements ahead of their use.
+template <int kWrite, typename T>
+FUSEDRES_INLINE void conv_prefetch(const T* from, int64_t count) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(from + i, kWrite);
+}
+
+// One task of the plan: the pixels of a block by its panels. Long sums are cut into runs, whose totals are added.
+template <typename T>
+void conv_block(const ConvPlan& plan, const ConvOperands<T>& operands, int64_t task, ConvTable<T>& table) {
+  constexpr int64_t kTile = kConvPixels * kConvChannels<T>;
+  const int64_t block = task / plan.panel_blocks.count, taps = plan.gather.taps(), depth = plan.sizes.depth;
+  const Range panels = plan.panel_blocks[task % plan.panel_blocks.count];
+  const Cut tiles = Cut::at_most(plan.pixel_blocks[block].size(), kConvPixels);
+  table.build(plan, operands, block);
+  const bool is_one_run = taps <= plan.taps_at_once && plan.runs.count == 1;
+  table.sums.resize(is_one_run ? kTile : panels.size() * tiles.count * kTile);
+  int64_t tap = 0;
+  do {
+    const int64_t run_taps = std::min(plan.taps_at_once, taps - tap);
+    for (int64_t run = 0; run < plan.runs.count; ++run) {
+      const Range channels = plan.runs[run];
+      const bool is_first = tap == 0 && run == 0, is_last = tap + run_taps == taps && run + 1 == plan.runs.count;
+      for (int64_t p = panels.begin; p < panels.end; ++p) {
+        const T* panel =
+            operands.packed + p * plan.panel_elements() + (tap * depth + channels.begin) * kConvChannels<T>;
+        const int64_t channel = p * kConvChannels<T>;
+        const int64_t width = std::min(kConvChannels<T>, plan.sizes.K - channel);
+        for (int64_t t = 0; t < tiles.count; ++t) {
+          T* sums = table.sums.data() + (is_one_run ? 0 : ((p - panels.begin) * tiles.count + t) * kTile);
+          const Range pixels = tiles[t];
+          const T* const* inputs = table.inputs.data() + (t * taps + tap) * kConvPixels;
+          if (p == panels.begin && t + 1 < tiles.count) {
+            for (int64_t i = 0; i < run_taps * kConvPixels; ++i) {
+              conv_prefetch<0>(inputs[taps * kConvPixels + i] + channels.begin, channels.size());
+            }
+          }
+          if (is_last) {
+            for (int64_t i = pixels.begin; i < pixels.end; ++i) {
+              conv_prefetch<1>(operands.y + table.outputs[i] + channel, width);
+              if (table.residual[i] != nullptr) conv_prefetch<0>(table.residual[i] + channel, width);
+            }
+          }
+          conv_micro_tile_of<T>(pixels.size())(inputs, run_taps, channels.begin, channels.size(), panel, sums,
+                                               is_first);
+          if (is_last) {
+            conv_write_tile(operands, table.outputs.data() + pixels.begin, table.residual.data() + pixels.begin,
+                            pixels.size(), channel, width, sums);
+          }
+        }
+      }
+    }
+    tap += run_taps;
+  } while (tap < taps);
+}
+
+}  // namespace fusedres::cpu::FUSEDRES_ISA

@@ -1,0 +1,80 @@
+// What the conv kernels read and write, and the buffers of one worker.
+#pragma once
+
+#include "cpu/conv_plan.h"
+
+namespace fusedres::cpu {
+
+// x (N, in_h, in_w, in_pixel); packed: panels of the weight; y (N, out_h, out_w, K) = act(sum + bias + residual).
+template <typename T>
+struct ConvOperands {
+  const T* x;
+  const T* packed;
+  T* y;
+  const T* bias = nullptr;  // (K,)
+  // Lies on every residual_h-th row and residual_w-th column of y.
+  const T* residual = nullptr;
+  int64_t residual_h = 1, residual_w = 1;
+  bool relu = false;
+};
+
+// Addresses of one block of pixels.
+template <typename T>
+struct ConvTable {
+  std::vector<const T*> inputs;    // (tiles, taps, tile.pixels)
+  std::vector<int64_t> outputs;    // (pixels,) the first channel's index in y
+  std::vector<const T*> residual;  // (pixels,) null where there is none
+  std::vector<T> zeros;            // (depth,) what a tap in the padding reads
+  std::vector<T> sums;             // (panels, tiles, tile.pixels, tile.channels)
+  int64_t block = -1;              // what the table was made for
+
+  // For the pixels of block `index`.
+  void build(const ConvPlan& plan, const ConvOperands<T>& operands, int64_t index);
+};
+
+template <typename T>
+void ConvTable<T>::build(const ConvPlan& plan, const ConvOperands<T>& operands, int64_t index) {
+  if (index == block) return;
+  block = index;
+  const ConvSizes& sizes = plan.sizes;
+  const GatherAxis &h = plan.gather.h, &w = plan.gather.w;
+  const Range pixels = plan.pixel_blocks[index];
+  const Cut tiles = Cut::at_most(pixels.size(), plan.tile.pixels);
+  const int64_t taps = plan.gather.taps(), residual_rows = ceil_div(sizes.out_h, operands.residual_h),
+                residual_cols = ceil_div(sizes.out_w, operands.residual_w);
+  inputs.resize(tiles.count * taps * plan.tile.pixels);
+  outputs.resize(pixels.size());
+  residual.assign(pixels.size(), nullptr);
+  zeros.resize(sizes.depth);
+  int64_t col = pixels.begin % w.points, row = pixels.begin / w.points % h.points,
+          image = pixels.begin / plan.gather.pixels(), at = 0;
+  for (int64_t tile = 0; tile < tiles.count; ++tile) {
+    for (int64_t i = 0; i < tiles[tile].size(); ++i, ++at) {
+      const T** to = inputs.data() + tile * taps * plan.tile.pixels + i;
+      const T* const x = operands.x + image * sizes.in_h * sizes.in_w * sizes.in_pixel;
+      for (const int64_t h_offset : h.offsets) {
+        const int64_t in_row = row * h.in_step + h_offset;
+        const bool row_is_inside = in_row >= 0 && in_row < sizes.in_h;
+        for (const int64_t w_offset : w.offsets) {
+          const int64_t in_col = col * w.in_step + w_offset;
+          const bool is_inside = row_is_inside && in_col >= 0 && in_col < sizes.in_w;
+          *to = is_inside ? x + (in_row * sizes.in_w + in_col) * sizes.in_pixel : zeros.data();
+          to += plan.tile.pixels;
+        }
+      }
+      const int64_t out_row = h.out_begin + row * h.out_step, out_col = w.out_begin + col * w.out_step;
+      outputs[at] = ((image * sizes.out_h + out_row) * sizes.out_w + out_col) * sizes.K;
+      if (operands.residual != nullptr && out_row % operands.residual_h == 0 && out_col % operands.residual_w == 0) {
+        const int64_t pixel =
+            (image * residual_rows + out_row / operands.residual_h) * residual_cols + out_col / operands.residual_w;
+        residual[at] = operands.residual + pixel * sizes.K;
+      }
+      if (++col == w.points) {
+        col = 0;
+        if (++row == h.points) row = 0, ++image;
+      }
+    }
+  }
+}
+
+}  // namespace fusedres::cpu

@@ -1,0 +1,18 @@
+// The order in which conv kernels read a weight: panels (taps, depth, tile.channels) of output channels.
+#pragma once
+
+#include "cpu/conv_plan.h"
+
+namespace fusedres::cpu {
+
+// Where the weight of output channel k, filter tap (r, s) and input channel c is: w[k*K + r*R + s*S + c*C]. A tap of
+// the gather may be a run of the filter's, from column s on, each of `channels`.
+struct WeightStrides {
+  int64_t K, R, S, C, channels;
+};
+
+// Fills `packed` (plan.packed_elements()); lanes past the last output channel are zero.
+template <typename T>
+void pack_weight(const ConvPlan& plan, const T* w, const WeightStrides& strides, T* packed);
+
+}  // namespace fusedres::cpu

@@ -1,0 +1,37 @@
+// How a gather is cut into tasks: blocks of pixels by blocks of output channels, each running over the whole depth.
+#pragma once
+
+#include "cpu/conv_gather.h"
+
+namespace fusedres::cpu {
+
+// What a micro-tile of the instruction set in use holds: pixels by channels (a panel of the packed weight).
+struct ConvTile {
+  int64_t pixels, channels;
+};
+
+// `depth` elements are read at each tap; input pixels lie in_pixel elements apart.
+struct ConvSizes {
+  int64_t N, K;
+  int64_t in_h, in_w, in_pixel, depth;
+  int64_t out_h, out_w;
+};
+
+struct ConvPlan {
+  ConvPlan(const ConvSizes& sizes, Gather gather, ConvTile tile, int64_t workers);
+
+  int64_t tasks() const { return pixel_blocks.count * panel_blocks.count; }
+  int64_t panel_elements() const { return gather.taps() * sizes.depth * tile.channels; }
+  int64_t packed_elements() const { return panels * panel_elements(); }
+
+  ConvSizes sizes;
+  Gather gather;
+  ConvTile tile;
+  int64_t panels;
+  Cut pixel_blocks;      // of all images
+  Cut panel_blocks;      // of the panels
+  Cut runs;              // of a tap's depth
+  int64_t taps_at_once;  // in one run, where runs are whole taps
+};
+
+}  // namespace fusedres::cpu

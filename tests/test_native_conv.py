@@ -1,0 +1,191 @@
+"""The native convolutions against ATen in float64: every geometry, ragged in every dimension, as exact as eager."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fusedres import native
+
+pytestmark = pytest.mark.skipif(native.missing is not None, reason=f"needs the native library: {native.missing}")
+
+CL = torch.channels_last
+kernels = torch.ops.fusedres_cpu
+
+# N, C, H, W, K, R, S, stride, padding, dilation
+PROBLEMS = [
+    (2, 3, 20, 17, 10, 7, 7, (2, 2), (3, 3), (1, 1)),  # a stem: columns of a filter row merge
+    (1, 3, 9, 9, 70, 3, 5, (1, 2), (1, 0), (1, 1)),  # merged, no padding to write out
+    (2, 3, 9, 8, 7, 3, 3, (1, 1), (2, 2), (2, 2)),  # few channels, dilated: not merged
+    (1, 64, 7, 7, 64, 1, 1, (1, 1), (0, 0), (1, 1)),
+    (3, 5, 9, 8, 33, 3, 3, (1, 1), (1, 1), (1, 1)),
+    (2, 70, 11, 10, 20, 3, 2, (2, 1), (1, 1), (1, 1)),
+    (2, 300, 8, 9, 17, 3, 3, (3, 3), (2, 2), (2, 2)),  # taps that meet no input of some residue; a tap of two runs
+    (2, 16, 9, 9, 16, 1, 1, (2, 2), (0, 0), (1, 1)),  # inputs that no tap meets
+    (2, 8, 3, 3, 8, 5, 5, (1, 1), (3, 3), (1, 1)),  # outputs that see nothing but padding
+    (1, 40, 23, 1, 300, 3, 1, (1, 1), (1, 0), (1, 1)),
+    (0, 8, 5, 5, 8, 3, 3, (1, 1), (1, 1), (1, 1)),  # an empty batch
+    (37, 24, 4, 5, 24, 3, 3, (1, 1), (1, 1), (1, 1)),  # more than one block of pixels
+]
+
+
+def operands(problem, dtype):
+    n, c, h, w, k, r, s, *geometry = problem
+    torch.manual_seed(0)
+    x = torch.randn(n, c, h, w, dtype=dtype).contiguous(memory_format=CL)
+    weight = torch.randn(k, c, r, s, dtype=dtype) / (c * r * s) ** 0.5
+    return x, weight, geometry
+
+
+def assert_as_exact_as_eager(actual, eager, oracle):
+    """At most twice the error of eager, or a few roundings of the largest value: many in float64, as the oracle's."""
+    if not oracle.numel():
+        return
+    floor = (64 if actual.dtype == torch.float64 else 4) * torch.finfo(actual.dtype).eps * oracle.abs().max()
+    assert (actual.double() - oracle).abs().max() <= max(2 * (eager.double() - oracle).abs().max(), floor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_fprop_adds_bias_and_residual_and_applies_relu(problem, dtype):
+    x, w, geometry = operands(problem, dtype)
+    bias = torch.randn(w.shape[0], dtype=dtype)
+    plain = F.conv2d(x, w, bias, *geometry)
+    residual = torch.randn_like(plain).contiguous(memory_format=CL)
+    oracle = (F.conv2d(x.double(), w.double(), bias.double(), *geometry) + residual.double()).relu()
+    y = kernels.conv_fprop(x, w, None, bias, residual, *geometry, True)
+    assert y.is_contiguous(memory_format=CL)
+    assert y.shape == oracle.shape
+    assert_as_exact_as_eager(y, (plain + residual).relu(), oracle)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, CL])
+def test_a_packed_weight_gives_the_same_bits(layout):
+    for problem in PROBLEMS:
+        x, w, geometry = operands(problem, torch.float32)
+        w = w.contiguous(memory_format=layout)
+        direct = kernels.conv_fprop(x, w, None, None, None, *geometry, False)
+        packed = kernels.conv_fprop(x, w, kernels.conv_pack(w), None, None, *geometry, False)
+        assert torch.equal(direct, packed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_dgrad_is_the_input_gradient(problem, dtype):
+    x, w, geometry = operands(problem, dtype)
+    leaf = x.double().clone().requires_grad_()
+    y = F.conv2d(leaf, w.double(), None, *geometry)
+    dz = torch.randn(y.shape, dtype=dtype).contiguous(memory_format=CL)
+    y.backward(dz.double())
+    eager_leaf = x.detach().clone().requires_grad_()
+    F.conv2d(eager_leaf, w, None, *geometry).backward(dz)
+    dx = kernels.conv_dgrad(dz, w, x.shape[2:], *geometry, None, (1, 1))
+    assert_as_exact_as_eager(dx, eager_leaf.grad, leaf.grad)
+
+
+@pytest.mark.parametrize("step", [(1, 1), (2, 2), (2, 3)])
+def test_dgrad_adds_the_residual_on_its_grid_alone(step):
+    for problem in PROBLEMS:
+        x, w, geometry = operands(problem, torch.float64)
+        dz = torch.randn_like(F.conv2d(x, w, None, *geometry)).contiguous(memory_format=CL)
+        expected = kernels.conv_dgrad(dz, w, x.shape[2:], *geometry, None, (1, 1)).clone()
+        residual = torch.randn_like(x[:, :, :: step[0], :: step[1]]).contiguous(memory_format=CL)
+        expected[:, :, :: step[0], :: step[1]] += residual
+        torch.testing.assert_close(kernels.conv_dgrad(dz, w, x.shape[2:], *geometry, residual, step), expected)
+
+
+def test_threads_do_not_change_a_bit():
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            x, w, geometry = operands(PROBLEMS[-1], torch.float32)
+            y = kernels.conv_fprop(x, w, None, None, None, *geometry, True)
+            results.append((y, kernels.conv_dgrad(y, w, x.shape[2:], *geometry, None, (1, 1))))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+def test_nan_passes_through_the_relu_and_padding_adds_nothing():
+    x, w, geometry = operands((1, 16, 5, 5, 16, 3, 3, (1, 1), (1, 1), (1, 1)), torch.float32)
+    x[0, 0, 0, 0] = float("nan")
+    y = kernels.conv_fprop(x, w, None, None, None, *geometry, True)
+    assert y[..., :2, :2].isnan().all()
+    assert not y[..., 2:, :].isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("message", "change"),
+    [
+        ("number of channels", {"w": torch.zeros(4, 7, 3, 3)}),
+        ("float32 or float64", {"w": torch.zeros(4, 8, 3, 3, dtype=torch.bfloat16)}),
+        ("one dtype", {"w": torch.zeros(4, 8, 3, 3, dtype=torch.float64)}),
+        (r"bias is .*\(5,\)", {"bias": torch.zeros(5)}),
+        ("residual is", {"residual": torch.zeros(2, 4, 6, 5).contiguous(memory_format=CL)}),
+        ("packed is", {"packed": torch.zeros(3)}),
+        ("channels_last", {"x": torch.zeros(2, 8, 6, 6)}),
+        ("does not fit", {"padding": (0, 0), "dilation": (3, 3)}),
+        ("stride is not a pair", {"stride": (0, 1)}),
+    ],
+)
+def test_bad_input_raises_and_names_what_is_wrong(message, change):
+    good = {
+        "x": torch.zeros(2, 8, 6, 6).contiguous(memory_format=CL),
+        "w": torch.zeros(4, 8, 3, 3),
+        "packed": None,
+        "bias": None,
+        "residual": None,
+        "stride": (1, 1),
+        "padding": (1, 1),
+        "dilation": (1, 1),
+    }
+    kernels.conv_fprop(*good.values(), True)
+    with pytest.raises(RuntimeError, match=message):
+        kernels.conv_fprop(*(good | change).values(), True)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 9])
+@pytest.mark.parametrize("shortcut", ["none", "identity", "tensor", "projection"])
+def test_a_folded_chain_is_its_convs_one_by_one(n, shortcut):
+    torch.manual_seed(0)
+    x = torch.randn(n, 16, 26, 25).contiguous(memory_format=CL)  # large enough to go image by image
+    weights = [torch.randn(8, 16, 1, 1), torch.randn(8, 8, 3, 3), torch.randn(16, 8, 1, 1)]
+    if shortcut == "projection":
+        weights.append(torch.randn(16, 16, 1, 1))
+    biases = [torch.randn(w.shape[0]) for w in weights]
+    geometry = [(1, 1, 0, 0, 1, 1), (1, 1, 1, 1, 1, 1), (1, 1, 0, 0, 1, 1), (1, 1, 0, 0, 1, 1)][: len(weights)]
+    given = torch.randn_like(x) if shortcut == "tensor" else None
+    y = kernels.folded_chain(
+        x,
+        given,
+        weights,
+        [kernels.conv_pack(w) for w in weights],
+        biases,
+        [size for sizes in geometry for size in sizes],
+        shortcut == "identity",
+        shortcut == "projection",
+        True,
+    )
+
+    def conv(i, a):
+        return F.conv2d(a, weights[i].double(), biases[i].double(), padding=weights[i].shape[-1] // 2)
+
+    a = conv(2, conv(1, conv(0, x.double()).relu()).relu())
+    expected = {"none": 0, "identity": x, "tensor": given}.get(shortcut)
+    a = a + (conv(3, x.double()) if expected is None else expected)
+    torch.testing.assert_close(y.double(), a.relu(), rtol=1e-4, atol=1e-3)
+
+
+def test_activations_reuse_the_memory_of_those_that_died():
+    x = torch.randn(1, 16, 160, 160).contiguous(memory_format=CL)
+    w = torch.randn(16, 16, 1, 1)
+
+    def address():
+        return kernels.conv_fprop(x, w, None, None, None, (1, 1), (0, 0), (1, 1), False).data_ptr()
+
+    first = address()
+    assert address() == first
+    kept = kernels.conv_fprop(x, w, None, None, None, (1, 1), (0, 0), (1, 1), False)
+    other = kernels.conv_fprop(x, w, None, None, None, (1, 1), (0, 0), (1, 1), False)
+    assert kept.data_ptr() != other.data_ptr()
