@@ -96,6 +96,9 @@ def residual_chain(
     ``shortcut``: ``x`` itself (identity), another tensor, a projection, or None. ``unfused(x)`` computes the same with
     the modules one by one; it runs where fusing cannot honour them. ``activations`` are the ReLU modules replaced.
     """
+    recalled = folding.recall(x, pairs, shortcut, relu, activations) if isinstance(x, Tensor) else None
+    if recalled is not None:
+        return recalled
     projection = shortcut if isinstance(shortcut, ConvBN) else None
     convs = [*pairs, *([projection] if projection else [])]
     if chain_reason(convs, activations) is not None or not _is_fusable_input(x):
@@ -116,6 +119,8 @@ def residual_chain(
     with autocast.suspended(x.device.type):
         if folding.serves(spec, x, given, convs):
             y = folding.run(spec, x, given, convs)
+            if x is x_format:
+                folding.remember(x, pairs, shortcut, relu, activations)
         else:
             tensors = [_cast(unit_tensors(p), x.dtype) for p in convs]
             y = chain(spec, x, given, tensors[: len(pairs)], tensors[-1] if projection else None)

@@ -1,7 +1,7 @@
 """The ``cpu`` engine: the native kernels of csrc/cpu.
 
-Convolutions are native in float32 and float64 without groups; oneDNN's, with fused epilogues, serve the rest. None has a
-prologue, so the caller materialises it; weight gradients and second moments do without, for they apply theirs while
+Convolutions are native in float32 and float64 without groups; oneDNN's, with fused epilogues, serve the rest. None has
+a prologue, so the caller materialises it; weight gradients and second moments do without, for they apply theirs while
 packing.
 """
 

@@ -121,11 +121,7 @@ def _separate(x: Tensor, conv: FoldedConv, residual: Tensor | None, relu: bool) 
 
 
 class PackedChain:
-    """A folded chain with prepacked weights for one input shape: a oneDNN call a conv, shortcut and ReLU inside.
-
-    The wide, shallow stages run image by image: a batch of their maps leaves the cache between two convs, one image's
-    do not.
-    """
+    """A folded chain with prepacked weights for one input shape: a oneDNN call a conv, shortcut and ReLU inside."""
 
     def __init__(self, chain: FoldedChain, x_shape: torch.Size) -> None:
         self.chain = chain
