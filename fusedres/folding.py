@@ -2,7 +2,8 @@
 
 A folded chain is remembered per module and checked at every use: by identity and version counter of every tensor it
 came from, and by a fingerprint of every byte, for writes through ``.data`` move no counter. The native library reads
-them at memory speed; what cannot be checked so is folded anew at every call. ``freeze`` does without the fingerprint.
+them at memory speed; what cannot be checked so (parameters on a GPU) is folded anew at every call. ``freeze`` does
+without the fingerprint, on every device.
 """
 
 from __future__ import annotations
@@ -80,11 +81,19 @@ def run(spec: ChainSpec, x: Tensor, residual: Tensor | None, pairs: Sequence[Con
 def _key(spec: ChainSpec, x: Tensor, pairs: Sequence[ConvBN]) -> tuple[Any, ...] | None:
     """What the folded form depends on; None where changes could go unseen."""
     tensors = [t for pair in pairs for t in _sources(pair) if t is not None]
-    if native.missing is not None or not all(t.is_cpu for t in tensors):
+    is_counted = pairs[0].conv in _frozen and not any(t.is_inference() for t in tensors)
+    has_fingerprint = native.missing is None and all(t.is_cpu for t in tensors)
+    if not is_counted and not has_fingerprint:
         return None
     identity = tuple((t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in tensors)
-    is_counted = pairs[0].conv in _frozen and not any(t.is_inference() for t in tensors)
-    return spec, x.shape, x.dtype, identity, None if is_counted else torch.ops.fusedres_cpu.fingerprint(tensors).item()
+    return (
+        spec,
+        x.shape,
+        x.dtype,
+        x.device,
+        identity,
+        None if is_counted else torch.ops.fusedres_cpu.fingerprint(tensors).item(),
+    )
 
 
 def _fold(spec: ChainSpec, pairs: Sequence[ConvBN], dtype: torch.dtype) -> FoldedChain:
