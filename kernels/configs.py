@@ -7,6 +7,8 @@ sizes and dtype only, so results do not depend on the machine's load. Shipped co
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -80,13 +82,30 @@ def machine_name(major: int, minor: int) -> str:
     return "sm80" if (major, minor) <= (8, 0) else "sm86"
 
 
+#: The machine whose table serves meta tensors.
+_planned = "sm90"
+
+
+@contextmanager
+def planning(name: str) -> Iterator[None]:
+    """Within this context meta tensors are treated as those of the machine ``name``."""
+    global _planned
+    before, _planned = _planned, name
+    try:
+        yield
+    finally:
+        _planned = before
+
+
 @functools.cache
 def _name_of_gpu(index: int) -> str:
     return machine_name(*torch.cuda.get_device_capability(index))
 
 
 def machine(device: torch.device) -> Machine:
-    """The table of the tensors' device; on the CPU that of the interpreter."""
+    """The table of the tensors' device; on the CPU that of the interpreter, on none that of ``planning``."""
+    if device.type == "meta":
+        return TABLE[_planned]
     if device.type != "cuda":
         return TABLE["interpreter"]
     return TABLE[_name_of_gpu(torch.cuda.current_device() if device.index is None else device.index)]

@@ -25,6 +25,7 @@ from fusedres.kernels.launch import (
     is_wide,
     new_activation,
     precision,
+    run,
     tile_constants,
 )
 from fusedres.kernels.prologue import bn_scale_shift, gradient_form, gradient_vectors, load_gradient
@@ -266,7 +267,9 @@ def conv_dgrad(
     step_h, jump_h = _step(problem.stride[0], problem.dilation[0])
     step_w, jump_w = _step(problem.stride[1], problem.dilation[1])
     if tiles_m:
-        conv_dgrad_kernel[(tiles_m * tiles_n * classes,)](
+        run(
+            conv_dgrad_kernel,
+            (tiles_m * tiles_n * classes,),
             g,
             z,
             None if bn is None else bn.contiguous(),

@@ -23,6 +23,7 @@ from fusedres.kernels.launch import (
     is_wide,
     new_activation,
     precision,
+    run,
     tile_constants,
 )
 from fusedres.kernels.prologue import input_vectors, load_input, relu
@@ -225,7 +226,9 @@ def conv_fprop(
     is_flat = groups == 1 and problem.C < _FLAT_BELOW and problem.R * problem.S > 1
     divides = is_flat or blocks.merge > 1
     if tiles_m:
-        conv_fprop_kernel[(tiles_m * tiles_n,)](
+        run(
+            conv_fprop_kernel,
+            (tiles_m * tiles_n,),
             x,
             w,
             bias,

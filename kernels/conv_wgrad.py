@@ -23,6 +23,7 @@ from fusedres.kernels.launch import (
     is_wide,
     new_activation,
     precision,
+    run,
     tile_constants,
 )
 from fusedres.kernels.prologue import gradient_form, gradient_vectors, input_vectors, load_gradient, load_input
@@ -208,7 +209,9 @@ def conv_wgrad(
     chunk = chunk_of(problem.gemm_m, tiles_m * tiles_n, machine.programs, tile.block_k)
     chunks = triton.cdiv(problem.gemm_m, chunk)
     parts = None if chunks == 1 else x.new_empty((chunks, dw.numel()), dtype=torch.float32)
-    conv_wgrad_kernel[(tiles_m * tiles_n, chunks)](
+    run(
+        conv_wgrad_kernel,
+        (tiles_m * tiles_n, chunks),
         g,
         z,
         None if bn is None else bn.contiguous(),

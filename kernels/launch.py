@@ -1,8 +1,14 @@
-"""What every host function needs around a launch: checked operands, new tensors, the precision of float32."""
+"""What every host function of the convs needs: checked operands, new tensors, constants, and the launch itself.
+
+Launches go through ``run``, so that ``recording`` can list them instead: with meta tensors a host function then tells
+exactly which kernels, arguments and constants it would use, without a GPU and without memory.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +19,37 @@ from fusedres.problem import ConvProblem
 #: Pixel indices are 32 bits wide; element offsets are 64 wherever a tensor needs it.
 MAX_PIXELS = 2**31 - 2**12
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Launch(NamedTuple):
+    """One launch: ``kernel[grid](*args, **constants)``; the constants include num_warps and num_stages."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+
+
+_recorded: list[Launch] | None = None
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Within this context nothing is launched; the list fills with what would have been. Not for several threads."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
+def run(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+    """Launch ``kernel``, or note it down within ``recording``."""
+    if _recorded is None:
+        kernel[grid](*args, **constants)
+    else:
+        _recorded.append(Launch(kernel, grid, args, constants))
 
 
 def new_activation(like: Tensor, size: Sequence[int]) -> Tensor:

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedres.kernels.epilogue import merge_rows, merge_statistics
+from fusedres.kernels.launch import run
 from fusedres.kernels.tile import cast
 from fusedres.layout import STAT_ROWS
 
@@ -69,7 +70,7 @@ def merge_parts(parts: Tensor) -> Tensor:
     while count > 1:
         merged = parts.new_empty(triton.cdiv(count, FAN), STAT_ROWS, channels)
         grid = (merged.shape[0], triton.cdiv(channels, _CHANNELS))
-        merge_statistics_kernel[grid](parts, merged, count, channels, FAN=FAN, ROWS=_ROWS, BLOCK=_CHANNELS, num_warps=4)
+        run(merge_statistics_kernel, grid, parts, merged, count, channels, FAN=FAN, ROWS=_ROWS, BLOCK=_CHANNELS, num_warps=4)
         parts, count = merged, merged.shape[0]
     return parts[0]
 
@@ -83,7 +84,7 @@ def sum_parts(parts: Tensor, dtype: torch.dtype = torch.float32, fan: int = FAN)
         remaining = triton.cdiv(count, fan)
         summed = parts.new_empty(remaining, size, dtype=dtype if remaining == 1 else torch.float32)
         grid = (remaining, triton.cdiv(size, _SUM_COLUMNS))
-        sum_kernel[grid](parts, summed, count, size, fan, ROWS=_SUM_ROWS, BLOCK=_SUM_COLUMNS, num_warps=4)
+        run(sum_kernel, grid, parts, summed, count, size, fan, ROWS=_SUM_ROWS, BLOCK=_SUM_COLUMNS, num_warps=4)
         if remaining == 1:
             return summed[0]
         parts, count = summed, remaining
