@@ -1,7 +1,7 @@
 """The ``triton`` engine: the kernels of kernels/, on CUDA tensors.
 
 Triton and the kernels are imported when an op first needs them, for that takes long and Triton may be absent. Where
-TRITON_INTERPRET=1 was set before this module was imported, the kernels run under Triton's interpreter, and whoever asks
+TRITON_INTERPRET=1 was set before the engine was first asked, the kernels run under Triton's interpreter, and whoever asks
 for the engine by name gets it for CPU tensors too: slow, and for proofs alone.
 """
 
@@ -18,9 +18,6 @@ import torch
 from torch import Tensor
 
 from fusedres.engines import Engine
-
-#: Whether the kernels run under Triton's interpreter; Triton reads the variable when a kernel is defined.
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
 
 MIN_CAPABILITY = (8, 0)  # bfloat16 and TF32 in tensor cores, asynchronous copies
 
@@ -60,7 +57,7 @@ class TritonEngine(Engine):
         return None
 
     def rejects(self, op: str, device_type: str, dtype: torch.dtype) -> str | None:
-        if device_type != "cuda" and not (device_type == "cpu" and INTERPRETED):
+        if device_type != "cuda" and not (device_type == "cpu" and _interpreted()):
             return f"it computes on CUDA devices, the tensors are on {device_type}"
         if dtype not in _DTYPES:
             return f"it has no kernels for {dtype}"
@@ -78,6 +75,12 @@ class TritonEngine(Engine):
         call = _on_device_of_first(kernel)
         setattr(self, op, call)  # the next call finds it without asking here
         return call
+
+
+@functools.cache
+def _interpreted() -> bool:
+    """Whether the kernels run under Triton's interpreter: Triton reads the variable when a kernel is defined."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
 
 
 @functools.cache
