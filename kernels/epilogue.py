@@ -42,7 +42,8 @@ def merge_rows(count, mean, m2):
     deviation = tl.where(count > 0, mean - merged[None, :], 0.0)
     # One more step around the merged mean takes out the rounding of the first sum.
     shift = tl.sum(count * deviation, 0) / safe
-    return total, merged + shift, tl.sum(m2 + count * deviation * deviation, 0) - total * shift * shift
+    merged_m2 = tl.sum(m2 + count * deviation * deviation, 0) - total * shift * shift
+    return total, merged + shift, tl.where(merged_m2 < 0, 0.0, merged_m2)
 
 
 @triton.jit

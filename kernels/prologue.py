@@ -71,28 +71,44 @@ def dbn_constant(g, a):
 
 
 @triton.jit
-def load_gradient(g, z, bn, sums, inv_count, offsets, mask, channels, count, channel_mask, FORM: tl.constexpr):
+def input_vectors(in_bn, channels, count, mask, ACTIVATE: tl.constexpr):
+    """(scale, shift) for ``load_input``; not read without the prologue."""
+    if ACTIVATE:
+        return bn_scale_shift(in_bn, channels, count, mask)
+    else:
+        return 0.0, 0.0
+
+
+@triton.jit
+def load_input(x, offsets, mask, scale, shift, ACTIVATE: tl.constexpr):
+    """A tile (pixels, channels) of ``p(x)``, zero where ``mask`` is off: padding is zero AFTER the prologue."""
+    tile = tl.load(x + offsets, mask=mask, other=0.0)
+    if ACTIVATE:
+        tile = tl.where(mask, bn_relu(tile, scale[None, :], shift[None, :]), 0.0)
+    return tile
+
+
+@triton.jit
+def gradient_vectors(bn, sums, inv_count, channels, count, mask, FORM: tl.constexpr):
+    """(mean, a, b, c) for ``load_gradient``, as far as ``FORM`` has them."""
+    if FORM == 2:
+        return dbn_factors(bn, sums, inv_count, channels, count, mask)
+    elif FORM == 1:
+        return 0.0, tl.load(bn + 2 * count + channels, mask=mask, other=0.0), 0.0, 0.0
+    else:
+        return 0.0, 0.0, 0.0, 0.0
+
+
+@triton.jit
+def load_gradient(g, z, offsets, mask, mean, a, b, c, FORM: tl.constexpr):
     """A tile (pixels, channels) of ``dz``, zero where ``mask`` is off. ``g`` and ``z`` share ``offsets``.
 
     The mask is applied AFTER the formula: ``c`` is not zero.
     """
     dz = tl.load(g + offsets, mask=mask, other=0.0)
     if FORM == 2:
-        mean, a, b, c = dbn_factors(bn, sums, inv_count, channels, count, channel_mask)
         z_tile = tl.load(z + offsets, mask=mask, other=0.0)
-        dz = dbn(dz, z_tile, mean[None, :], a[None, :], b[None, :], c[None, :])
-        dz = tl.where(mask, dz, 0.0)
+        dz = tl.where(mask, dbn(dz, z_tile, mean[None, :], a[None, :], b[None, :], c[None, :]), 0.0)
     if FORM == 1:
-        a = tl.load(bn + 2 * count + channels, mask=channel_mask, other=0.0)
         dz = tl.where(mask, dbn_constant(dz, a[None, :]), 0.0)
     return dz
-
-
-@triton.jit
-def load_input(x, in_bn, offsets, mask, channels, count, channel_mask, ACTIVATE: tl.constexpr):
-    """A tile (pixels, channels) of ``p(x)``, zero where ``mask`` is off: padding is zero AFTER the prologue."""
-    tile = tl.load(x + offsets, mask=mask, other=0.0)
-    if ACTIVATE:
-        scale, shift = bn_scale_shift(in_bn, channels, count, channel_mask)
-        tile = tl.where(mask, bn_relu(tile, scale[None, :], shift[None, :]), 0.0)
-    return tile
