@@ -25,48 +25,74 @@ class Tile(NamedTuple):
     group_m: int = 8  # tiles of gemm_m that share a column of gemm_n before the next: L2 reuse
 
 
+#: The width under which a table holds the tile for operands that are read number by number: channels that are no
+#: multiple of 16, or taps and channels as one axis. Their addresses cost registers, so the tile is small.
+GATHER = -1
+
+#: (bytes of an element, largest width of gemm_n, 0 for any, or GATHER) -> tile
+Table = dict[tuple[int, int], Tile]
+
+
 class Machine(NamedTuple):
-    """Tiles of one architecture: by op, by the bytes of an element, by the width of gemm_n; and its multiprocessors."""
+    """The tables of one architecture, and how many programs fill it."""
 
-    gemm: dict[tuple[int, int], Tile]  # (element bytes, largest gemm_n or 0 for any) -> tile of fprop
-    dgrad: dict[tuple[int, int], Tile]
-    wgrad: dict[tuple[int, int], Tile]  # gemm_n here: columns (taps * channels) of the weight
-    programs: int  # what fills the GPU: wgrad splits its sum until there are as many
+    fprop: Table
+    dgrad: Table
+    wgrad: Table
+    programs: int  # wgrad splits its sum over pixels until there are as many
 
+
+_GATHER_FPROP: Table = {(2, GATHER): Tile(64, 64, 32, 4, 2), (4, GATHER): Tile(64, 32, 32, 4, 2)}
+_GATHER_DGRAD: Table = {(2, GATHER): Tile(64, 32, 32, 4, 2), (4, GATHER): Tile(64, 32, 32, 4, 2)}
+_GATHER_WGRAD: Table = {(2, GATHER): Tile(64, 64, 32, 4, 2), (4, GATHER): Tile(32, 64, 32, 4, 2)}
+
+_FLOAT32_FPROP: Table = {(4, 32): Tile(64, 32, 32, 4, 3), (4, 0): Tile(64, 64, 32, 4, 3)}
+_FLOAT32_DGRAD: Table = {(4, 32): Tile(64, 32, 32, 4, 2), (4, 0): Tile(64, 64, 32, 4, 2)}
+_FLOAT32_WGRAD: Table = {(4, 32): Tile(64, 32, 32, 4, 2), (4, 0): Tile(64, 64, 32, 4, 2)}
+
+_FPROP: Table = _GATHER_FPROP | _FLOAT32_FPROP
+_DGRAD: Table = _GATHER_DGRAD | _FLOAT32_DGRAD
+_WGRAD: Table = _GATHER_WGRAD | _FLOAT32_WGRAD
 
 _SM80 = Machine(
-    gemm={
+    fprop={
         (2, 32): Tile(128, 32, 32, 4, 4),
         (2, 64): Tile(128, 64, 32, 4, 4),
         (2, 0): Tile(128, 128, 32, 8, 3),
-        (4, 32): Tile(64, 32, 32, 4, 3),
-        (4, 0): Tile(64, 64, 32, 4, 3),
+        **_FPROP,
     },
     dgrad={
         (2, 32): Tile(128, 32, 32, 4, 3),
         (2, 64): Tile(128, 64, 32, 4, 3),
         (2, 0): Tile(128, 128, 32, 8, 3),
-        (4, 32): Tile(64, 32, 32, 4, 2),
-        (4, 0): Tile(64, 64, 32, 4, 2),
+        **_DGRAD,
     },
-    wgrad={
-        (2, 32): Tile(64, 32, 64, 4, 3),
-        (2, 0): Tile(64, 64, 64, 4, 3),
-        (4, 32): Tile(64, 32, 32, 4, 2),
-        (4, 0): Tile(64, 64, 32, 4, 2),
-    },
+    wgrad={(2, 32): Tile(64, 32, 64, 4, 3), (2, 0): Tile(64, 64, 64, 4, 3), **_WGRAD},
     programs=432,
+)
+
+#: Shared memory and registers for two programs a multiprocessor; 64 channels deep, as wgmma and its swizzle like best.
+_SM90 = Machine(
+    fprop={
+        (2, 32): Tile(128, 32, 32, 4, 4),
+        (2, 64): Tile(128, 64, 64, 4, 3),
+        (2, 0): Tile(128, 128, 64, 8, 3),
+        **_FPROP,
+    },
+    dgrad=_SM80.dgrad,
+    wgrad=_SM80.wgrad,
+    programs=528,
 )
 
 TABLE: dict[str, Machine] = {
     "sm80": _SM80,
-    "sm86": _SM80,
-    "sm90": _SM80,
-    "sm100": _SM80,
+    "sm86": _SM80._replace(programs=336),
+    "sm90": _SM90,
+    "sm100": _SM90._replace(programs=592),
     # Small tiles, so that tests on small tensors have several of them and ragged ones.
     "interpreter": Machine(
-        gemm={(2, 0): Tile(32, 32, 16, 4, 1, 2), (4, 0): Tile(32, 16, 16, 4, 1, 2)},
-        dgrad={(2, 0): Tile(32, 16, 16, 4, 1, 2), (4, 0): Tile(32, 32, 16, 4, 1, 2)},
+        fprop={(2, 0): Tile(32, 32, 16, 4, 1, 2), (4, 0): Tile(64, 16, 32, 4, 1, 2)},
+        dgrad={(2, 0): Tile(32, 16, 32, 4, 1, 2), (4, 0): Tile(64, 32, 16, 4, 1, 2)},
         wgrad={(2, 0): Tile(16, 32, 32, 4, 1, 2), (4, 0): Tile(32, 16, 32, 4, 1, 2)},
         programs=8,
     ),
@@ -111,7 +137,9 @@ def machine(device: torch.device) -> Machine:
     return TABLE[_name_of_gpu(torch.cuda.current_device() if device.index is None else device.index)]
 
 
-def choose(table: dict[tuple[int, int], Tile], element_size: int, gemm_n: int) -> Tile:
-    """The first tile of the dtype whose width holds ``gemm_n``, or the widest."""
-    widths = sorted(width for size, width in table if size == element_size and width >= gemm_n)
-    return table[element_size, widths[0] if widths else 0]
+def choose(table: Table, element_size: int, gemm_n: int, gathers: bool) -> Tile:
+    """The narrowest tile of the dtype that is as wide as ``gemm_n``, else the widest; where it ``gathers``, that one."""
+    if gathers and (element_size, GATHER) in table:
+        return table[element_size, GATHER]
+    widths = [width for size, width in table if size == element_size and width >= max(gemm_n, 1)]
+    return table[element_size, min(widths, default=0)]

@@ -256,7 +256,8 @@ def conv_dgrad(
     assert w is not None
     dx = new_activation(g, size)
     blocks = blocking(problem.C, k, groups)
-    tile = configs.choose(configs.machine(g.device).dgrad, g.element_size(), blocks.c)
+    gathers = k % 16 != 0 or problem.C % 16 != 0
+    tile = configs.choose(configs.machine(g.device).dgrad, g.element_size(), blocks.c, gathers)
     classes = problem.stride[0] * problem.stride[1]
     class_h, class_w = triton.cdiv(problem.H, problem.stride[0]), triton.cdiv(problem.W, problem.stride[1])
     gemm_m = problem.N * class_h * class_w

@@ -219,11 +219,11 @@ def conv_fprop(
     residual = None if residual is None else channels_last(residual)
     y = new_activation(x, size)
     blocks = blocking(problem.C, problem.K, groups)
-    tile = configs.choose(configs.machine(x.device).gemm, x.element_size(), blocks.k)
+    is_flat = groups == 1 and problem.C < _FLAT_BELOW and problem.R * problem.S > 1
+    tile = configs.choose(configs.machine(x.device).fprop, x.element_size(), blocks.k, is_flat or problem.C % 16 != 0)
     tiles_m = triton.cdiv(problem.gemm_m, tile.block_m)
     tiles_n = blocks.count * triton.cdiv(blocks.k, tile.block_n)
     parts = x.new_empty((tiles_m if genstats else 0, STAT_ROWS, problem.K), dtype=torch.float32)
-    is_flat = groups == 1 and problem.C < _FLAT_BELOW and problem.R * problem.S > 1
     divides = is_flat or blocks.merge > 1
     if tiles_m:
         run(

@@ -113,9 +113,7 @@ def conv_wgrad_kernel(
 
     mean, a, b, const = gradient_vectors(bn, sums, inv_count, k, K, k_mask, FORM)
     scale, shift = input_vectors(in_bn, c, C, c_mask, ACTIVATE)
-    PLAIN_GEMM: tl.constexpr = (
-        R == 1 and S == 1 and STRIDE_H == 1 and STRIDE_W == 1 and PAD_H == 0 and PAD_W == 0
-    )
+    PLAIN_GEMM: tl.constexpr = R == 1 and S == 1 and STRIDE_H == 1 and STRIDE_W == 1 and PAD_H == 0 and PAD_W == 0
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     start = tl.program_id(1) * chunk
     end = tl.minimum(start + chunk, gemm_k)
@@ -203,7 +201,8 @@ def conv_wgrad(
     taps = problem.R * problem.S
     is_flat = groups == 1 and problem.C < _FLAT_BELOW and taps > 1
     divides = is_flat or blocks.merge > 1
-    tile = configs.choose(machine.wgrad, x.element_size(), taps * blocks.c if is_flat else blocks.c)
+    gathers = is_flat or k % 16 != 0 or problem.C % 16 != 0
+    tile = configs.choose(machine.wgrad, x.element_size(), taps * blocks.c if is_flat else blocks.c, gathers)
     tiles_m = blocks.count * triton.cdiv(blocks.k, tile.block_m)
     tiles_n = triton.cdiv(taps * blocks.c, tile.block_n) if is_flat else taps * triton.cdiv(blocks.c, tile.block_n)
     chunk = chunk_of(problem.gemm_m, tiles_m * tiles_n, machine.programs, tile.block_k)

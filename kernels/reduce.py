@@ -22,9 +22,7 @@ _SUM_ROWS, _SUM_COLUMNS = 8, 128
 
 
 @triton.jit
-def merge_statistics_kernel(
-    parts, merged, count, channels, FAN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
+def merge_statistics_kernel(parts, merged, count, channels, FAN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """``parts`` (count, 3, channels) float32 -> ``merged`` (ceil(count/FAN), 3, channels); FAN parts a program."""
     first = tl.program_id(0) * FAN
     end = tl.minimum(first + FAN, count)
@@ -70,7 +68,18 @@ def merge_parts(parts: Tensor) -> Tensor:
     while count > 1:
         merged = parts.new_empty(triton.cdiv(count, FAN), STAT_ROWS, channels)
         grid = (merged.shape[0], triton.cdiv(channels, _CHANNELS))
-        run(merge_statistics_kernel, grid, parts, merged, count, channels, FAN=FAN, ROWS=_ROWS, BLOCK=_CHANNELS, num_warps=4)
+        run(
+            merge_statistics_kernel,
+            grid,
+            parts,
+            merged,
+            count,
+            channels,
+            FAN=FAN,
+            ROWS=_ROWS,
+            BLOCK=_CHANNELS,
+            num_warps=4,
+        )
         parts, count = merged, merged.shape[0]
     return parts[0]
 
