@@ -138,7 +138,7 @@ def machine(device: torch.device) -> Machine:
 
 
 def choose(table: Table, element_size: int, gemm_n: int, gathers: bool) -> Tile:
-    """The narrowest tile of the dtype that is as wide as ``gemm_n``, else the widest; where it ``gathers``, that one."""
+    """The narrowest tile of the dtype that is as wide as ``gemm_n``, else the widest; or that for gathering."""
     if gathers and (element_size, GATHER) in table:
         return table[element_size, GATHER]
     widths = [width for size, width in table if size == element_size and width >= max(gemm_n, 1)]

@@ -1,4 +1,4 @@
-"""``conv_fprop``: a 2-D convolution as an implicit GEMM, BN and ReLU of its input before, what BN needs of its output after.
+"""``conv_fprop``: a convolution as an implicit GEMM, BN and ReLU of its input before, statistics of its output after.
 
 gemm_m = N*P*Q output pixels, gemm_n = K output channels, gemm_k = taps (R*S) times C/groups channels.
 One launch, and with genstats those of ``kernels.reduce``.

@@ -48,7 +48,7 @@ def merge_rows(count, mean, m2):
 
 @triton.jit
 def drelu(g, z, scale, shift):
-    """``g`` where the ReLU after a BN was open: its mask is recomputed from that BN's input ``z``. NaN counts as open."""
+    """``g`` where the ReLU after a BN was open: its mask is recomputed from the BN's input ``z``. NaN is open."""
     return tl.where(activate(z, scale, shift) <= 0, 0.0, g)
 
 

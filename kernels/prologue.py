@@ -15,7 +15,7 @@ PLAIN, CONSTANT, BATCH = 0, 1, 2
 
 
 def gradient_form(z: object | None, inv_count: float) -> int:
-    """PLAIN without ``z``; with it CONSTANT where ``inv_count`` is 0.0, so that NaN in z or the sums does not reach dz."""
+    """PLAIN without ``z``; with it CONSTANT where ``inv_count`` is 0.0, so that no NaN in z or the sums reaches dz."""
     if z is None:
         return PLAIN
     return BATCH if inv_count != 0 else CONSTANT

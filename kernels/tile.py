@@ -1,4 +1,4 @@
-"""Index arithmetic that the conv kernels share: program order, pixels from GEMM rows, and the casts around ``tl.dot``."""
+"""Index arithmetic that the conv kernels share: program order, pixels of GEMM rows, and casts around ``tl.dot``."""
 
 from __future__ import annotations
 
@@ -70,10 +70,9 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 @triton.jit
 def cast(value, dtype: tl.constexpr):
     """float32 -> ``dtype``, rounded to nearest even."""
-    if INTERPRETED:
-        if dtype == tl.bfloat16:
-            bits = value.to(tl.int32, bitcast=True)
-            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-            rounded = tl.where(value != value, 0x7FC00000, rounded)
-            value = rounded.to(tl.float32, bitcast=True)
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = value.to(tl.int32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        rounded = tl.where(value != value, 0x7FC00000, rounded)
+        value = rounded.to(tl.float32, bitcast=True)
     return value.to(dtype)
