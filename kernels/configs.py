@@ -47,7 +47,7 @@ _GATHER_DGRAD: Table = {(2, GATHER): Tile(64, 32, 32, 4, 2), (4, GATHER): Tile(6
 _GATHER_WGRAD: Table = {(2, GATHER): Tile(64, 64, 32, 4, 2), (4, GATHER): Tile(32, 64, 32, 4, 2)}
 
 _FLOAT32_FPROP: Table = {(4, 32): Tile(64, 32, 32, 4, 3), (4, 0): Tile(64, 64, 32, 4, 3)}
-_FLOAT32_DGRAD: Table = {(4, 32): Tile(64, 32, 32, 4, 2), (4, 0): Tile(64, 64, 32, 4, 2)}
+_FLOAT32_DGRAD: Table = {(4, 32): Tile(32, 32, 32, 4, 3), (4, 0): Tile(64, 64, 32, 4, 3)}
 _FLOAT32_WGRAD: Table = {(4, 32): Tile(64, 32, 32, 4, 2), (4, 0): Tile(64, 64, 32, 4, 2)}
 
 _FPROP: Table = _GATHER_FPROP | _FLOAT32_FPROP
@@ -56,18 +56,18 @@ _WGRAD: Table = _GATHER_WGRAD | _FLOAT32_WGRAD
 
 _SM80 = Machine(
     fprop={
-        (2, 32): Tile(128, 32, 32, 4, 4),
+        (2, 32): Tile(64, 32, 32, 4, 4),
         (2, 64): Tile(128, 64, 32, 4, 4),
         (2, 0): Tile(128, 128, 32, 8, 3),
         **_FPROP,
     },
     dgrad={
-        (2, 32): Tile(128, 32, 32, 4, 3),
+        (2, 32): Tile(64, 32, 32, 4, 3),
         (2, 64): Tile(128, 64, 32, 4, 3),
         (2, 0): Tile(128, 128, 32, 8, 3),
         **_DGRAD,
     },
-    wgrad={(2, 32): Tile(64, 32, 64, 4, 3), (2, 0): Tile(64, 64, 64, 4, 3), **_WGRAD},
+    wgrad={(2, 32): Tile(64, 32, 64, 4, 3), (2, 0): Tile(64, 64, 32, 4, 4), **_WGRAD},
     programs=432,
 )
 
@@ -79,16 +79,34 @@ _SM90 = Machine(
         (2, 0): Tile(128, 128, 64, 8, 3),
         **_FPROP,
     },
-    dgrad=_SM80.dgrad,
-    wgrad=_SM80.wgrad,
+    dgrad={
+        (2, 32): Tile(128, 32, 32, 4, 3),
+        (2, 64): Tile(128, 64, 32, 4, 3),
+        (2, 0): Tile(128, 128, 32, 8, 3),
+        **_DGRAD,
+    },
+    wgrad={(2, 32): Tile(64, 32, 64, 4, 3), (2, 0): Tile(64, 64, 64, 4, 3), **_WGRAD},
     programs=528,
+)
+
+#: As sm_90, with smaller tiles or fewer stages where the compiler would spill.
+_SM100 = Machine(
+    fprop={**_SM90.fprop, (2, 32): Tile(128, 32, 32, 4, 3)},
+    dgrad={
+        (2, 32): Tile(128, 32, 32, 4, 3),
+        (2, 64): Tile(64, 64, 32, 4, 3),
+        (2, 0): Tile(128, 128, 32, 8, 2),
+        **_DGRAD,
+    },
+    wgrad=_SM90.wgrad,
+    programs=592,
 )
 
 TABLE: dict[str, Machine] = {
     "sm80": _SM80,
     "sm86": _SM80._replace(programs=336),
     "sm90": _SM90,
-    "sm100": _SM90._replace(programs=592),
+    "sm100": _SM100,
     # Small tiles, so that tests on small tensors have several of them and ragged ones.
     "interpreter": Machine(
         fprop={(2, 0): Tile(32, 32, 16, 4, 1, 2), (4, 0): Tile(64, 16, 32, 4, 1, 2)},
