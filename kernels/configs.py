@@ -47,7 +47,7 @@ _GATHER_DGRAD: Table = {(2, GATHER): Tile(64, 32, 32, 4, 2), (4, GATHER): Tile(6
 _GATHER_WGRAD: Table = {(2, GATHER): Tile(64, 64, 32, 4, 2), (4, GATHER): Tile(32, 64, 32, 4, 2)}
 
 _FLOAT32_FPROP: Table = {(4, 32): Tile(64, 32, 32, 4, 3), (4, 0): Tile(64, 64, 32, 4, 3)}
-_FLOAT32_DGRAD: Table = {(4, 32): Tile(32, 32, 32, 4, 3), (4, 0): Tile(64, 64, 32, 4, 3)}
+_FLOAT32_DGRAD: Table = {(4, 0): Tile(64, 64, 32, 4, 3)}  # narrower ones spill a few registers
 _FLOAT32_WGRAD: Table = {(4, 32): Tile(64, 32, 32, 4, 2), (4, 0): Tile(64, 64, 32, 4, 2)}
 
 _FPROP: Table = _GATHER_FPROP | _FLOAT32_FPROP

@@ -24,7 +24,7 @@ GEOMETRIES = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_samples_match_float64(dtype: torch.dtype, device: str) -> None:
     for sample in samples_of("conv_dgrad", dtype):
-        if not sample.label.startswith("7x7"):  # among the problems of the networks
+        if dtype == torch.float32 or sample.label.endswith("everything"):
             assert_matches(conv_dgrad, sample.args, device, sample.label)
 
 
