@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedres import reference
+from fusedres.kernels.launch import run
 from fusedres.kernels.tile import cast
 from fusedres.layout import BN_ROWS
 
@@ -102,7 +103,9 @@ def bn_finalize(
         return reference.bn_finalize(stats, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps)
     bn = stats.new_empty(BN_ROWS, stats.shape[1])
     is_cumulative = momentum is None and num_batches_tracked is not None
-    bn_finalize_kernel[(1,)](
+    run(
+        bn_finalize_kernel,
+        (1,),
         *operands,
         num_batches_tracked,
         bn,
@@ -142,8 +145,17 @@ def bn_constants(
     k = mean.shape[0]
     bn = mean.new_empty(BN_ROWS, k, dtype=dtype)
     grid = (triton.cdiv(k, _BLOCK),)
-    bn_constants_kernel[grid](
-        *operands, bn, eps, k, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, BLOCK=_BLOCK, num_warps=_WARPS
+    run(
+        bn_constants_kernel,
+        grid,
+        *operands,
+        bn,
+        eps,
+        k,
+        HAS_WEIGHT=weight is not None,
+        HAS_BIAS=bias is not None,
+        BLOCK=_BLOCK,
+        num_warps=_WARPS,
     )
     return bn
 
@@ -174,7 +186,18 @@ def bn_fold(w: Tensor, bias: Tensor | None, bn: Tensor) -> tuple[Tensor, Tensor]
     folded_w, folded_bias = torch.empty_like(w), w.new_empty(k)
     if w.numel():
         grid = (k, triton.cdiv(row_size, _BLOCK))
-        bn_fold_kernel[grid](
-            w, bias, bn, folded_w, folded_bias, k, row_size, HAS_BIAS=bias is not None, BLOCK=_BLOCK, num_warps=_WARPS
+        run(
+            bn_fold_kernel,
+            grid,
+            w,
+            bias,
+            bn,
+            folded_w,
+            folded_bias,
+            k,
+            row_size,
+            HAS_BIAS=bias is not None,
+            BLOCK=_BLOCK,
+            num_warps=_WARPS,
         )
     return folded_w, folded_bias

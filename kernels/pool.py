@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedres.kernels.epilogue import drelu
+from fusedres.kernels.launch import run
 from fusedres.kernels.prologue import bn_relu, bn_scale_shift, dbn, dbn_constant, dbn_factors
 from fusedres.kernels.sums import ROWS, merge_sums, new_partials
 from fusedres.kernels.tile import cast
@@ -86,7 +87,9 @@ def bn_relu_maxpool(z: Tensor, bn: Tensor, kernel_size: int, stride: int, paddin
     tap = channels_last(z.new_empty((n, c, p, q), dtype=torch.uint8))
     if y.numel():
         block_q, block_c = tile_shape(q, c)
-        bn_relu_maxpool_kernel[n * p, triton.cdiv(q, block_q), triton.cdiv(c, block_c)](
+        run(
+            bn_relu_maxpool_kernel,
+            (n * p, triton.cdiv(q, block_q), triton.cdiv(c, block_c)),
             z,
             bn,
             y,
@@ -243,12 +246,43 @@ def bn_relu_maxpool_backward(
     column_blocks, channel_blocks = triton.cdiv(w, block_q), triton.cdiv(c, block_c)
     partials = new_partials(z, lines, c, each)
     if z.numel():
-        maxpool_sums_kernel[partials.shape[0], channel_blocks](
-            dy, tap, z, bn, partials, lines, each, h, w, c, p, q, **pool, **tile
+        run(
+            maxpool_sums_kernel,
+            (partials.shape[0], channel_blocks),
+            dy,
+            tap,
+            z,
+            bn,
+            partials,
+            lines,
+            each,
+            h,
+            w,
+            c,
+            p,
+            q,
+            **pool,
+            **tile,
         )
     sums, _ = merge_sums(partials, bn, None)
     if z.numel():
-        maxpool_dbn_kernel[lines, column_blocks, channel_blocks](
-            dy, tap, z, bn, sums, dz, inv_count, h, w, c, p, q, BATCH_STATS=inv_count != 0, **pool, **tile
+        run(
+            maxpool_dbn_kernel,
+            (lines, column_blocks, channel_blocks),
+            dy,
+            tap,
+            z,
+            bn,
+            sums,
+            dz,
+            inv_count,
+            h,
+            w,
+            c,
+            p,
+            q,
+            BATCH_STATS=inv_count != 0,
+            **pool,
+            **tile,
         )
     return dz, sums

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fusedres.kernels.launch import run
 from fusedres.layout import SUM_ROWS, acc_dtype
 
 ROWS = tl.constexpr(3)
@@ -70,7 +71,9 @@ def merge_sums(partials: Tensor, bn: Tensor | None, residual_bn: Tensor | None) 
     sums = partials.new_empty(1 if bn is None else SUM_ROWS, c)
     residual_sums = partials.new_empty(0) if residual_bn is None else partials.new_empty(SUM_ROWS, c)
     if c:
-        merge_sums_kernel[(triton.cdiv(c, _BLOCK_C),)](
+        run(
+            merge_sums_kernel,
+            (triton.cdiv(c, _BLOCK_C),),
             partials,
             bn,
             residual_bn,

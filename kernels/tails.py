@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fusedres.kernels.launch import run
 from fusedres.kernels.prologue import activate, bn_scale_shift, gradient_form, gradient_vectors, load_gradient, relu
 from fusedres.kernels.sums import merge_sums, new_partials, rows_each
 from fusedres.kernels.tile import cast
@@ -83,7 +84,9 @@ def scale_shift_add_relu(
     if z.numel() == 0:
         return y
     m, (block_m, block_c) = z.numel() // c, tile_shape(c, z.element_size())
-    scale_shift_add_relu_kernel[triton.cdiv(m, block_m), triton.cdiv(c, block_c)](
+    run(
+        scale_shift_add_relu_kernel,
+        (triton.cdiv(m, block_m), triton.cdiv(c, block_c)),
         z,
         bn,
         residual,
@@ -119,7 +122,22 @@ def dbn(g: Tensor, z: Tensor, bn: Tensor, sums: Tensor, inv_count: float) -> Ten
     m, (block_m, block_c) = g.numel() // c, tile_shape(c, g.element_size())
     grid = (triton.cdiv(m, block_m), triton.cdiv(c, block_c))
     form = gradient_form(z, inv_count)
-    dbn_kernel[grid](g, z, bn, sums, dz, inv_count, m, c, FORM=form, BLOCK_M=block_m, BLOCK_C=block_c, num_warps=WARPS)
+    run(
+        dbn_kernel,
+        grid,
+        g,
+        z,
+        bn,
+        sums,
+        dz,
+        inv_count,
+        m,
+        c,
+        FORM=form,
+        BLOCK_M=block_m,
+        BLOCK_C=block_c,
+        num_warps=WARPS,
+    )
     return dz
 
 
@@ -194,7 +212,9 @@ def drelu_dbn(
     each = rows_each(m, c, block_m, block_c)
     partials = new_partials(dy, m, c, each)
     if dy.numel():
-        drelu_dbn_kernel[partials.shape[0], triton.cdiv(c, block_c)](
+        run(
+            drelu_dbn_kernel,
+            (partials.shape[0], triton.cdiv(c, block_c)),
             dy,
             y,
             z,
