@@ -62,7 +62,7 @@ class Usage(NamedTuple):
 
 
 def usage(build: Build, machine: str) -> Usage:
-    """Compile ``build`` for a row of ``configs.TABLE`` (from Triton's cache where it is there) and read what it takes."""
+    """Compile ``build`` for a row of ``configs.TABLE``, or take it from Triton's cache, and read what it takes."""
     compiled: Any = build.compile(machine)
     registers, spilled = _resources(compiled.asm["cubin"])
     return Usage(registers, spilled, compiled.metadata.shared, 32 * compiled.metadata.num_warps, compiled.asm["ptx"])

@@ -1,8 +1,8 @@
 """The ``triton`` engine: the kernels of kernels/, on CUDA tensors.
 
 Triton and the kernels are imported when an op first needs them, for that takes long and Triton may be absent. Where
-TRITON_INTERPRET=1 was set from the start, the kernels run under Triton's interpreter, and whoever asks for the engine by
-name gets it for CPU tensors too: slow, and for proofs alone.
+TRITON_INTERPRET=1 was set from the start, the kernels run under Triton's interpreter, and whoever asks for the engine
+by name gets it for CPU tensors too: slow, and for proofs alone.
 """
 
 from __future__ import annotations
