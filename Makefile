@@ -2,6 +2,8 @@
 #
 #   make run              measure this machine: fusedres bench, results under runs/
 #   make test             the test suite;  make test TORCH=2.11.0  with another torch,  PYTEST=... more options
+#   make triton           the Triton kernels: tests under the interpreter, then compiled for three architectures
+#   make gpu              on a machine with a GPU: the kernels' tests on it, compute-sanitizer, benchmarks
 #   make lint types       formatting, lint and types
 #   make clean            remove everything these targets made
 
@@ -17,7 +19,7 @@ NATIVE := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp cs
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test lint types clean
+.PHONY: run test triton gpu lint types clean
 
 run: $(VENV)/.run-$(TORCH_TAG)
 	mkdir -p runs
@@ -26,6 +28,16 @@ run: $(VENV)/.run-$(TORCH_TAG)
 
 test: $(VENV)/.test-$(TORCH_TAG)
 	$(BIN)/python -m pytest $(PYTEST)
+
+# Two processes of their own: whether kernels are interpreted or compiled is settled when Triton is imported.
+triton: $(VENV)/.test-$(TORCH_TAG)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton $(PYTEST)
+	$(BIN)/python -m pytest tests/triton_compile $(PYTEST)
+
+# Takes the environment it is given where GPU=python-of-it says so: nothing is installed then, nothing downloaded.
+GPU ?=
+gpu: $(if $(GPU),,$(VENV)/.test-$(TORCH_TAG))
+	PYTHON=$(or $(GPU),$(BIN)/python) bench/gpu.sh
 
 lint: $(VENV)/.lint-$(TORCH_TAG)
 	$(BIN)/ruff check .

@@ -18,9 +18,10 @@ import torch
 from fusedres.engines import Engine
 from fusedres.engines.cpu import CPU
 from fusedres.engines.reference import REFERENCE
+from fusedres.engines.triton import TRITON
 
 #: Every engine, the preferred first. The last one can do everything.
-ENGINES: dict[str, Engine] = {engine.name: engine for engine in (CPU, REFERENCE)}
+ENGINES: dict[str, Engine] = {engine.name: engine for engine in (TRITON, CPU, REFERENCE)}
 
 _forced: ContextVar[str | None] = ContextVar("fusedres_engine", default=None)
 
@@ -72,11 +73,19 @@ def fuses_prologue(op: str, device_type: str, dtype: torch.dtype) -> bool:
     return choose(op, device_type, dtype).engine.fuses_prologue
 
 
+@torch.compiler.assume_constant_result
+def closes_units(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether the engine of the convs lets a unit run without storing its conv's output."""
+    return choose("conv_fprop", device_type, dtype).engine.closes_units
+
+
 @functools.cache
 def _choose(op: str, device_type: str, dtype: torch.dtype, first: str | None) -> Choice:
     passed_over: list[tuple[str, str]] = []
     for candidate in sorted(ENGINES.values(), key=lambda e: e.name != first):
         reason = candidate.rejects(op, device_type, dtype)
+        if reason is None and candidate.name != first:
+            reason = candidate.only_by_name(device_type)
         if reason is None:
             return Choice(candidate, tuple(passed_over))
         passed_over.append((candidate.name, reason))

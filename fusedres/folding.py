@@ -2,7 +2,8 @@
 
 A folded chain is remembered per module and checked at every use: by identity and version counter of every tensor it
 came from, and by a fingerprint of every byte, for writes through ``.data`` move no counter. The native library reads
-them at memory speed; what cannot be checked so is folded anew at every call. ``freeze`` does without the fingerprint.
+them at memory speed; what cannot be checked so (parameters on a GPU) is folded anew at every call. ``freeze`` does
+without the fingerprint, on every device.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class _Call(NamedTuple):
 
     shape: torch.Size
     dtype: torch.dtype
+    device: torch.device
     shortcut: str
     relu: bool
     engine: str | None
@@ -110,14 +112,14 @@ def recall(
 
     Checking that nothing changed takes a tenth of the time of reading every setting.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or autocast.is_on("cpu"):
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or autocast.is_on(x.device.type):
         return None
     last = _recalled.get(pairs[0].conv)
     if (
         last is None
         or last.call != _call(x, shortcut, relu)
         or type(x) is not Tensor
-        or not (x.is_cpu and x.is_contiguous(memory_format=torch.channels_last))
+        or not x.is_contiguous(memory_format=torch.channels_last)
         or not all_hold(last.guards, _modules(pairs, shortcut, activations))
         or last.state != _state(pairs[0].conv, last.tensors)
     ):
@@ -142,7 +144,7 @@ def remember(
 
 def _call(x: Tensor, shortcut: ConvBN | Tensor | None, relu: bool) -> _Call:
     kind = "input" if shortcut is x else type(shortcut).__name__
-    return _Call(x.shape, x.dtype, kind, relu, dispatch.forced())
+    return _Call(x.shape, x.dtype, x.device, kind, relu, dispatch.forced())
 
 
 def _modules(
@@ -154,17 +156,18 @@ def _modules(
 
 def _key(spec: ChainSpec, x: Tensor, pairs: Sequence[ConvBN]) -> tuple[Any, ...] | None:
     """What the folded form depends on, the state of its tensors last; None where changes could go unseen."""
-    tensors = [t for pair in pairs for t in _sources(pair) if t is not None]
+    state = _state(pairs[0].conv, [t for pair in pairs for t in _sources(pair) if t is not None])
+    return None if state is None else (spec, x.shape, x.dtype, x.device, state)
+
+
+def _state(conv: nn.Module, tensors: list[Tensor]) -> tuple[Any, ...] | None:
+    """Identity, version and, unless the chain that ``conv`` begins is frozen, every byte; None where none can tell."""
+    identity = [(t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in tensors]
+    if conv in _frozen and not any(t.is_inference() for t in tensors):
+        return identity, None
     if native.missing is not None or not all(t.is_cpu for t in tensors):
         return None
-    return spec, x.shape, x.dtype, _state(pairs[0].conv, tensors)
-
-
-def _state(conv: nn.Module, tensors: list[Tensor]) -> tuple[Any, ...]:
-    """Identity, version and, unless the chain that ``conv`` begins is frozen, every byte."""
-    identity = [(t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in tensors]
-    is_counted = conv in _frozen and not any(t.is_inference() for t in tensors)
-    return identity, None if is_counted else torch.ops.fusedres_cpu.fingerprint(tensors).item()
+    return identity, torch.ops.fusedres_cpu.fingerprint(tensors).item()
 
 
 def _fold(spec: ChainSpec, pairs: Sequence[ConvBN], dtype: torch.dtype) -> FoldedChain:

@@ -69,7 +69,7 @@ class ChainSpec:
 
 
 def is_closed(unit: UnitSpec, x_shape: Sequence[int], w_shape: Sequence[int]) -> bool:
-    """Whether the unit runs without storing its conv's output.
+    """Whether the unit can run, to advantage, without storing its conv's output.
 
     It must be pointwise, widen the tensor (then the C x C products cost less than the K x C ones they replace) and see
     enough pixels that products with the C x C moments stay small beside the conv itself.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -19,6 +20,10 @@ from fusedres import FusedBasicBlock, FusedBottleneck, dispatch, native
 from fusedres.engines import Engine
 from fusedres.engines.cpu import CPU
 from fusedres.engines.reference import REFERENCE
+from fusedres.engines.triton import TRITON
+
+#: Why the preferred engine does not serve CPU tensors.
+NOT_ON_CUDA = "it computes on CUDA devices, the tensors are on cpu"
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -85,7 +90,10 @@ def without_native(tmp_path: Path) -> Path:
 
 
 def test_unknown_engine_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="no engine is named 'gpu'; there are cpu, reference"), fusedres.engine("gpu"):
+    with (
+        pytest.raises(ValueError, match="no engine is named 'gpu'; there are triton, cpu, reference"),
+        fusedres.engine("gpu"),
+    ):
         pass
     assert dispatch.forced() is None
 
@@ -153,7 +161,8 @@ def test_reasons_of_engines_passed_over_are_kept(recorder: Recorder) -> None:
         choice = dispatch.choose("dbn", "cpu", torch.float16)
     assert choice.engine is not recorder
     assert choice.passed_over[0] == ("recorder", "it dislikes half")
-    on_gpu = dispatch.choose("dbn", "cuda", torch.float32)
+    on_gpu = dispatch.choose("dbn", "cuda", torch.float64)
+    assert ("triton", "it has no kernels for torch.float64") in on_gpu.passed_over
     assert ("cpu", "it computes on the CPU, the tensors are on cuda") in on_gpu.passed_over
 
 
@@ -206,7 +215,7 @@ def test_stem_backward_runs_under_the_engine_of_its_forward(recorder: Recorder) 
 def test_cpu_serves_every_op_where_the_native_library_is() -> None:
     for op in (name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if "fusedres::" in name):
         for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-            assert dispatch.choose(op, "cpu", dtype) == (CPU, ())
+            assert dispatch.choose(op, "cpu", dtype) == (CPU, (("triton", NOT_ON_CUDA),))
 
 
 def test_package_without_native_library_trains_and_evaluates(without_native: Path) -> None:
@@ -231,3 +240,55 @@ def test_package_without_triton_compiler_or_gpu_trains_and_evaluates(tmp_path: P
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == ["cpu" if native.missing is None else "reference"]
     assert not result.stderr
+
+
+def test_triton_is_the_first_choice_on_cuda_or_says_why_not() -> None:
+    choice = dispatch.choose("conv_fprop", "cuda", torch.float16)
+    if TRITON.missing is None:
+        assert choice == (TRITON, ())
+    else:
+        assert choice == (REFERENCE, (("triton", TRITON.missing), ("cpu", choice.passed_over[1][1])))
+
+
+def test_triton_stores_every_conv_output_so_that_it_closes_no_unit() -> None:
+    reasons = dict(dispatch.choose("pointwise_dgrad", "cuda", torch.float16).passed_over)
+    assert reasons["triton"] == "it stores every conv's output, so that it needs no such op"
+    assert not TRITON.closes_units
+    assert dispatch.closes_units("cpu", torch.float32)
+
+
+def test_forcing_triton_gives_cpu_tensors_no_interpreter_unless_the_environment_asked_for_it() -> None:
+    with fusedres.engine("triton"):
+        choice = dispatch.choose("dbn", "cpu", torch.float32)
+    assert choice.passed_over[0] == ("triton", NOT_ON_CUDA)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+def test_the_interpreter_serves_cpu_tensors_by_name_alone() -> None:
+    code = """
+import torch, fusedres
+for name in (None, "triton"):
+    with fusedres.engine(name):
+        print(fusedres.dispatch.choose("dbn", "cpu", torch.float32).engine.name)
+"""
+    first, forced = run_python(code, TRITON_INTERPRET="1").stdout.split()
+    assert first != "triton"
+    assert forced == "triton"
+
+
+def test_importing_and_running_on_the_cpu_imports_no_triton() -> None:
+    code = "import sys, torch, fusedres; fusedres.FusedBasicBlock(4, 4)(torch.randn(2, 4, 5, 5)); "
+    result = run_python(code + "print('fusedres.kernels' in sys.modules)")
+    assert result.stdout.strip() == "False", result.stderr
+
+
+def test_missing_triton_is_a_reason(tmp_path: Path) -> None:
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch, fusedres
+choice = fusedres.dispatch.choose("conv_fprop", "cuda", torch.float16)
+print(choice.engine.name, choice.passed_over[0])
+"""
+    result = run_python(code)
+    assert result.stdout.strip() == "reference ('triton', 'triton is not installed')", result.stderr

@@ -29,8 +29,9 @@ def test_every_fused_module_has_a_row_in_order() -> None:
 
 
 @needs_native
-def test_nothing_is_passed_over_on_a_cpu_with_the_native_library() -> None:
-    assert {(row.engine, row.reason) for row in explain(Network())} == {("cpu", "")}
+def test_only_the_engine_for_gpus_is_passed_over_on_a_cpu_with_the_native_library() -> None:
+    reason = "triton: it computes on CUDA devices, the tensors are on cpu"
+    assert {(row.engine, row.reason) for row in explain(Network())} == {("cpu", reason)}
 
 
 def test_preferred_engine_is_named() -> None:

@@ -11,9 +11,9 @@ from torch.autograd.function import once_differentiable
 
 from fusedres import autocast, dispatch, ops
 from fusedres.autograd.backward import ChainBackward
-from fusedres.autograd.unit import Operand, Saved, bn_vectors, materialise, stored_unit, unit_tensors
+from fusedres.autograd.unit import Operand, Saved, bn_vectors, closes, materialise, stored_unit, unit_tensors
 from fusedres.problem import ConvProblem
-from fusedres.specs import ChainSpec, UnitSpec, UnitTensors, is_closed
+from fusedres.specs import ChainSpec, UnitSpec, UnitTensors
 
 
 def chain(
@@ -45,7 +45,7 @@ def _projection(spec: ChainSpec, t: UnitTensors, x: Tensor) -> tuple[Saved, Tens
     """The projection shortcut: what it saves, and the residual with the ``bn`` that is still to be applied to it."""
     unit = spec.projection
     assert unit is not None
-    if is_closed(unit, x.shape, t.w.shape):
+    if closes(unit, t, x):
         closed = _closed_unit(unit, t, Operand(x, None))
         residual, _ = ops.conv_fprop(x, closed.w, closed.bias, None, None, *unit.conv, False, False)
         return Saved(closed.bn, None, closed.moments), residual, None
@@ -80,7 +80,7 @@ def _last_unit(
 ) -> tuple[Tensor, Saved]:
     """The last conv with BN, residual and ReLU: in one op where the unit is closed, else conv and tail."""
     unit = spec.units[-1]
-    if is_closed(unit, a.x.shape, t.w.shape):
+    if closes(unit, t, a.x):
         if residual is not None and residual_bn is not None:
             residual = ops.scale_shift_add_relu(residual, residual_bn, None, None, False)
         closed = _closed_unit(unit, t, a)

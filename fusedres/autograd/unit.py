@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fusedres import dispatch, ops
 from fusedres.layout import acc_dtype
-from fusedres.specs import UnitSpec, UnitTensors
+from fusedres.specs import UnitSpec, UnitTensors, is_closed
 
 
 class Saved(NamedTuple):
@@ -49,6 +49,11 @@ def unit_tensors(flat: Sequence[Any]) -> list[UnitTensors]:
     """The tensors of each unit from the flat arguments of a Function."""
     width = len(UnitTensors._fields)
     return [UnitTensors(*flat[i : i + width]) for i in range(0, len(flat), width)]
+
+
+def closes(unit: UnitSpec, t: UnitTensors, x: Tensor) -> bool:
+    """Whether the unit runs closed on ``x``: its shapes allow it and the engine of its conv wants it."""
+    return is_closed(unit, x.shape, t.w.shape) and dispatch.closes_units(x.device.type, x.dtype)
 
 
 def materialise(operand: Operand) -> Operand:

@@ -45,10 +45,16 @@ class Engine:
     missing: str | None = None
     #: Whether convs apply their prologues themselves; else the caller materialises ``relu(scale*z+shift)`` and ``dz``.
     fuses_prologue: bool = False
+    #: Whether a widening pointwise conv may run without storing its output, through the ``pointwise_*`` ops.
+    closes_units: bool = True
 
     def rejects(self, op: str, device_type: str, dtype: torch.dtype) -> str | None:
         """Why this engine does not compute ``op`` for such tensors, or None if it does."""
         raise NotImplementedError
+
+    def only_by_name(self, device_type: str) -> str | None:
+        """Why this engine serves tensors of this device only where it was asked for by name, or None."""
+        return None
 
     def compile_folded(self, chain: FoldedChain, x_shape: torch.Size) -> FoldedRun | None:
         """A faster way to run ``chain`` on inputs of ``x_shape`` than one ``conv_fprop`` a conv, or None."""

@@ -1,0 +1,163 @@
+"""The static table of tiles: for each architecture and class of problem, what a first call runs without any tuning.
+
+A tile is (BLOCK_M, BLOCK_N, BLOCK_K) of the implicit GEMM, with its warps and pipeline stages. Choosing one looks at
+sizes and dtype only, so results do not depend on the machine's load. Shipped configurations are those in ``TABLE``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+
+class Tile(NamedTuple):
+    """One configuration of a conv kernel."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group_m: int = 8  # tiles of gemm_m that share a column of gemm_n before the next: L2 reuse
+
+
+#: The width under which a table holds the tile for operands that are read number by number: channels that are no
+#: multiple of 16, or taps and channels as one axis. Their addresses cost registers, so the tile is small.
+GATHER = -1
+
+#: (bytes of an element, largest width of gemm_n, 0 for any, or GATHER) -> tile
+Table = dict[tuple[int, int], Tile]
+
+
+class Machine(NamedTuple):
+    """The tables of one architecture, and how many programs fill it."""
+
+    fprop: Table
+    dgrad: Table
+    wgrad: Table
+    programs: int  # wgrad splits its sum over pixels until there are as many
+
+
+_GATHER_FPROP: Table = {(2, GATHER): Tile(64, 64, 32, 4, 2), (4, GATHER): Tile(64, 32, 32, 4, 2)}
+_GATHER_DGRAD: Table = {(2, GATHER): Tile(64, 32, 32, 4, 2), (4, GATHER): Tile(32, 32, 32, 4, 2)}
+_GATHER_WGRAD: Table = {(2, GATHER): Tile(64, 64, 32, 4, 2), (4, GATHER): Tile(32, 64, 32, 4, 2)}
+
+_FLOAT32_FPROP: Table = {(4, 32): Tile(64, 32, 32, 4, 3), (4, 0): Tile(64, 64, 32, 4, 3)}
+_FLOAT32_DGRAD: Table = {(4, 0): Tile(64, 64, 32, 4, 3)}  # narrower ones spill a few registers
+_FLOAT32_WGRAD: Table = {(4, 32): Tile(64, 32, 32, 4, 2), (4, 0): Tile(64, 64, 32, 4, 2)}
+
+_FPROP: Table = _GATHER_FPROP | _FLOAT32_FPROP
+_DGRAD: Table = _GATHER_DGRAD | _FLOAT32_DGRAD
+_WGRAD: Table = _GATHER_WGRAD | _FLOAT32_WGRAD
+
+_SM80 = Machine(
+    fprop={
+        (2, 32): Tile(64, 32, 32, 4, 4),
+        (2, 64): Tile(128, 64, 32, 4, 4),
+        (2, 0): Tile(128, 128, 32, 8, 3),
+        **_FPROP,
+    },
+    dgrad={
+        (2, 32): Tile(64, 32, 32, 4, 3),
+        (2, 64): Tile(128, 64, 32, 4, 3),
+        (2, 0): Tile(128, 128, 32, 8, 3),
+        **_DGRAD,
+    },
+    wgrad={(2, 32): Tile(64, 32, 64, 4, 3), (2, 0): Tile(64, 64, 32, 4, 4), **_WGRAD},
+    programs=432,
+)
+
+#: Shared memory and registers for two programs a multiprocessor; 64 channels deep, as wgmma and its swizzle like best.
+_SM90 = Machine(
+    fprop={
+        (2, 32): Tile(128, 32, 32, 4, 4),
+        (2, 64): Tile(128, 64, 64, 4, 3),
+        (2, 0): Tile(128, 128, 64, 8, 3),
+        **_FPROP,
+    },
+    dgrad={
+        (2, 32): Tile(128, 32, 32, 4, 3),
+        (2, 64): Tile(128, 64, 32, 4, 3),
+        (2, 0): Tile(128, 128, 32, 8, 3),
+        **_DGRAD,
+    },
+    wgrad={(2, 32): Tile(64, 32, 64, 4, 3), (2, 0): Tile(64, 64, 64, 4, 3), **_WGRAD},
+    programs=528,
+)
+
+#: As sm_90, with smaller tiles or fewer stages where the compiler would spill.
+_SM100 = Machine(
+    fprop={**_SM90.fprop, (2, 32): Tile(128, 32, 32, 4, 3)},
+    dgrad={
+        (2, 32): Tile(128, 32, 32, 4, 3),
+        (2, 64): Tile(64, 64, 32, 4, 3),
+        (2, 0): Tile(128, 128, 32, 8, 2),
+        **_DGRAD,
+    },
+    wgrad=_SM90.wgrad,
+    programs=592,
+)
+
+TABLE: dict[str, Machine] = {
+    "sm80": _SM80,
+    "sm86": _SM80._replace(programs=336),
+    "sm90": _SM90,
+    "sm100": _SM100,
+    # Small tiles, so that tests on small tensors have several of them and ragged ones.
+    "interpreter": Machine(
+        fprop={(2, 0): Tile(32, 32, 16, 4, 1, 2), (4, 0): Tile(64, 16, 32, 4, 1, 2)},
+        dgrad={(2, 0): Tile(32, 16, 32, 4, 1, 2), (4, 0): Tile(64, 32, 16, 4, 1, 2)},
+        wgrad={(2, 0): Tile(16, 32, 32, 4, 1, 2), (4, 0): Tile(32, 16, 32, 4, 1, 2)},
+        programs=8,
+    ),
+}
+
+
+def machine_name(major: int, minor: int) -> str:
+    """The row of ``TABLE`` for a compute capability; an unknown one gets that of the nearest older."""
+    if major >= 10:
+        return "sm100"
+    if major == 9:
+        return "sm90"
+    return "sm80" if (major, minor) <= (8, 0) else "sm86"
+
+
+#: The machine whose table serves meta tensors.
+_planned = "sm90"
+
+
+@contextmanager
+def planning(name: str) -> Iterator[None]:
+    """Within this context meta tensors are treated as those of the machine ``name``."""
+    global _planned
+    before, _planned = _planned, name
+    try:
+        yield
+    finally:
+        _planned = before
+
+
+@functools.cache
+def _name_of_gpu(index: int) -> str:
+    return machine_name(*torch.cuda.get_device_capability(index))
+
+
+def machine(device: torch.device) -> Machine:
+    """The table of the tensors' device; on the CPU that of the interpreter, on none that of ``planning``."""
+    if device.type == "meta":
+        return TABLE[_planned]
+    if device.type != "cuda":
+        return TABLE["interpreter"]
+    return TABLE[_name_of_gpu(torch.cuda.current_device() if device.index is None else device.index)]
+
+
+def choose(table: Table, element_size: int, gemm_n: int, gathers: bool) -> Tile:
+    """The narrowest tile of the dtype that is as wide as ``gemm_n``, else the widest; or that for gathering."""
+    if gathers and (element_size, GATHER) in table:
+        return table[element_size, GATHER]
+    widths = [width for size, width in table if size == element_size and width >= max(gemm_n, 1)]
+    return table[element_size, min(widths, default=0)]

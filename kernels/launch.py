@@ -1,0 +1,114 @@
+"""What every host function of the convs needs: checked operands, new tensors, constants, and the launch itself.
+
+Launches go through ``run``, so that ``recording`` can list them instead: with meta tensors a host function then tells
+exactly which kernels, arguments and constants it would use, without a GPU and without memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from fusedres.kernels.configs import Tile
+from torch import Tensor
+
+from fusedres.problem import ConvProblem
+
+#: Pixel indices are 32 bits wide; element offsets are 64 wherever a tensor needs it.
+MAX_PIXELS = 2**31 - 2**12
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Launch(NamedTuple):
+    """One launch: ``kernel[grid](*args, **constants)``; the constants include num_warps and num_stages."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+
+
+_recorded: list[Launch] | None = None
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Within this context nothing is launched; the list fills with what would have been. Not for several threads."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
+def run(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+    """Launch ``kernel``, or note it down within ``recording``."""
+    if _recorded is None:
+        kernel[grid](*args, **constants)
+    else:
+        _recorded.append(Launch(kernel, grid, args, constants))
+
+
+def new_activation(like: Tensor, size: Sequence[int]) -> Tensor:
+    """An uninitialised (N, C, H, W) channels_last tensor of the dtype and device of ``like``."""
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """``input_precision`` of a dot: TF32 where PyTorch's own convolutions would use it."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
+
+
+def is_wide(*operands: Tensor | None) -> bool:
+    """Whether an element of these is out of reach of a 32-bit offset."""
+    return any(t is not None and t.numel() >= 2**31 for t in operands)
+
+
+def check_operands(like: Tensor, **expected: tuple[Tensor | None, Sequence[int], torch.dtype]) -> None:
+    """RuntimeError unless every given operand has the shape and dtype the op's contract states, on one device."""
+    if like.dtype not in _DTYPES:
+        raise RuntimeError(f"Triton kernels compute float32, bfloat16 and float16, not {like.dtype}")
+    for name, (operand, shape, dtype) in expected.items():
+        if operand is None:
+            continue
+        if operand.shape != torch.Size(shape) or operand.dtype != dtype:
+            raise RuntimeError(
+                f"{name} must be {dtype} of shape {tuple(shape)}, not {operand.dtype} of {tuple(operand.shape)}"
+            )
+        if operand.device != like.device:
+            raise RuntimeError(f"{name} is on {operand.device}, the activations on {like.device}")
+
+
+def check_pixels(count: int) -> None:
+    """RuntimeError for more pixels than a 32-bit index can count."""
+    if count > MAX_PIXELS:
+        raise RuntimeError(f"{count} pixels are more than the {MAX_PIXELS} that the kernels can index")
+
+
+def geometry(problem: ConvProblem) -> dict[str, int]:
+    """The constants of a convolution that kernels are compiled for."""
+    return {
+        "R": problem.R,
+        "S": problem.S,
+        "STRIDE_H": problem.stride[0],
+        "STRIDE_W": problem.stride[1],
+        "PAD_H": problem.padding[0],
+        "PAD_W": problem.padding[1],
+        "DIL_H": problem.dilation[0],
+        "DIL_W": problem.dilation[1],
+    }
+
+
+def tile_constants(tile: Tile) -> dict[str, int]:
+    """The constants and launch options of a tile."""
+    return {
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "GROUP_M": tile.group_m,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }

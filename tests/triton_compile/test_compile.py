@@ -1,0 +1,115 @@
+"""What ships compiles for every architecture: no spills, the tensor cores' own instruction, 16-byte accesses.
+
+Builds are those that the host functions would launch for ``aot.PROBLEMS``. Of each op the forms with the most work in
+prologue and epilogue are taken, for the others are parts of them; of float32 a few problems, of bfloat16 one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from fusedres.kernels import aot, configs
+from fusedres.kernels.aot import PROBLEMS, Plan, build_of, plans
+from fusedres.kernels.bn_finalize import bn_constants, bn_finalize, bn_fold
+from fusedres.kernels.cubin import MULTIPROCESSORS, usage
+from fusedres.kernels.launch import Launch, recording
+from fusedres.kernels.pool import bn_relu_maxpool, bn_relu_maxpool_backward
+from fusedres.kernels.tails import dbn, drelu_dbn, scale_shift_add_relu
+from torch import Tensor
+
+MACHINES = tuple(MULTIPROCESSORS)
+FORMS = {"train+prologue", "eval+residual", "residual", "drelu", "prologue"}
+#: Problems whose operands are read number by number: channels that are no multiple of 16, or one to a group.
+GATHERED = {"stem", "depthwise", "ragged"}
+CASES = [
+    *[(name, torch.float16) for name in PROBLEMS],
+    *[(name, torch.float32) for name in ("stem", "1x1 to 256", "3x3 of 64", "3x3 32x8d stride 2")],
+    ("3x3 of 256", torch.bfloat16),
+]
+
+ANY_ACCESS = r"(?:ld|st)\.global[\w.:]*|cp\.async\.c[ag]\.shared\.global \[[^\]]+\], \[[^\]]+\], 0x\w+"
+NARROW = ("ld.global.b16", "ld.global.u16", "st.global.b16")
+
+machines = pytest.mark.parametrize("machine", MACHINES)
+
+
+@machines
+@pytest.mark.parametrize(("name", "dtype"), CASES, ids=lambda v: str(v).removeprefix("torch."))
+def test_conv_fits_its_machine(name: str, dtype: torch.dtype, machine: str) -> None:
+    builds: dict[aot.Build, Plan] = {p.build: p for p in plans(machine, PROBLEMS[name], dtype) if p.form in FORMS}
+    assert len(builds) == len(FORMS)
+    for build, plan in builds.items():
+        found = usage(build, machine)
+        where = f"{plan.op} {plan.form}: {found[:4]}"
+        assert found.spilled_bytes == 0, where
+        assert found.shared_bytes <= MULTIPROCESSORS[machine].block_shared_bytes, where
+        assert found.blocks_per_multiprocessor(machine) >= 1, where
+        assert dtype == torch.float32 or found.has_matrix_instruction(machine), where
+        if name not in GATHERED:
+            accesses = found.instructions(ANY_ACCESS)
+            assert not set(accesses) & set(NARROW), f"{where} {accesses}"
+            assert any(a.endswith("0x10") or a.startswith("ld.global.v4.b32") for a in accesses), f"{where} {accesses}"
+            assert any(a.startswith("st.global.v4.b32") for a in accesses), f"{where} {accesses}"
+
+
+def meta(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(size, dtype=dtype, device="meta")
+
+
+def tail_launches(dtype: torch.dtype) -> Iterator[Launch]:
+    """Of every op but the convs, those with all operands, on a ResNet-50's stem and first stage at batch 256."""
+
+    def activation(*size: int, dtype: torch.dtype = dtype) -> Tensor:
+        return meta(*size, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+    c, k = 64, 256
+    z, bn, sums, vector = activation(256, k, 56, 56), meta(4, k), meta(2, k), meta(k)
+    stem, stem_bn, pooled = activation(256, c, 112, 112), meta(4, c), activation(256, c, 56, 56)
+    tap, pool = activation(256, c, 56, 56, dtype=torch.uint8), (3, 2, 1)
+    running = (vector, vector, torch.empty((), dtype=torch.int64, device="meta"))
+    calls: list[tuple[Any, tuple[Any, ...]]] = [
+        (scale_shift_add_relu, (z, bn, z, bn, True)),
+        (drelu_dbn, (z, z, z, bn, z, bn)),
+        (dbn, (z, z, bn, sums, 0.5)),
+        (bn_relu_maxpool, (stem, stem_bn, *pool)),
+        (bn_relu_maxpool_backward, (pooled, tap, stem, stem_bn, *pool, 0.5)),
+        (bn_finalize, (meta(3, k), vector, vector, *running, 0.1, 1e-5)),
+        (bn_constants, (vector, vector, vector, vector, 1e-5, torch.float32)),
+        (bn_fold, (meta(k, c, 1, 1, dtype=dtype), meta(k, dtype=dtype), bn)),
+    ]
+    for op, args in calls:
+        with recording() as launches:
+            op(*args)
+        yield from launches
+
+
+@machines
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_tails_fit_their_machine(dtype: torch.dtype, machine: str) -> None:
+    names = set()
+    for launch in tail_launches(dtype):
+        names.add(name := launch.kernel.fn.__name__)
+        found = usage(build_of(launch), machine)
+        assert found.spilled_bytes == 0, f"{name}: {found[:4]}"
+        assert found.shared_bytes <= MULTIPROCESSORS[machine].block_shared_bytes, f"{name}: {found[:4]}"
+        accesses = found.instructions(ANY_ACCESS)
+        assert any(a.startswith("ld.global.v4.b32") for a in accesses), f"{name}: {accesses}"
+    assert len(names) == 10
+
+
+@machines
+def test_every_machine_of_the_report_has_tiles(machine: str) -> None:
+    assert machine in configs.TABLE
+    assert machine in aot.CAPABILITY
+
+
+def test_offsets_beyond_32_bits_are_compiled_in_where_a_tensor_needs_them() -> None:
+    small, large = (
+        next(iter(plans("sm90", PROBLEMS["1x1 to 256"].__class__(n, 64, 56, 56, 256, 1, 1), torch.float16)))
+        for n in (256, 4096)
+    )
+    wide = [dict(plan.build.constexprs)["WIDE"] for plan in (small, large)]
+    assert wide == [False, True]
