@@ -56,6 +56,11 @@ def dilate(block: nn.Module) -> None:
     block.conv2.padding = block.conv2.dilation = (2, 2)
 
 
+def double(module: nn.Module) -> None:
+    for parameter in module.parameters(recurse=False):
+        parameter.data.mul_(2)
+
+
 CHANGES: dict[str, Callable[[nn.Module], object]] = {
     "weight in place": lambda b: b.conv1.weight.mul_(1.5),
     "last weight in place": lambda b: b.bn2.weight.mul_(-1.5),
@@ -82,6 +87,11 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
     "dilation": dilate,
     "bias added": lambda b: setattr(b.conv1, "bias", nn.Parameter(torch.ones(12))),
     "channels_last": lambda b: b.to(memory_format=torch.channels_last),
+    "hook": lambda b: b.bn1.register_forward_hook(lambda _, __, y: 2 * y),
+    "another activation": lambda b: setattr(b, "relu", nn.LeakyReLU(0.5)),
+    "another projection": lambda b: setattr(b, "downsample", copy.deepcopy(b.downsample).apply(double)),
+    "projection with a hook": lambda b: b.downsample[1].register_forward_hook(lambda _, __, y: 2 * y),
+    "a forward of its own": lambda b: setattr(b.bn2, "forward", torch.zeros_like),
 }
 
 
@@ -130,6 +140,31 @@ def forward_ops(module: nn.Module, x: Tensor) -> dict[str, int]:
 
 
 @needs_native
+@needs_native
+@torch.no_grad()
+def test_a_repeated_call_is_recalled_and_another_is_not(engine: str) -> None:
+    block, _ = (m.eval() for m in block_twins(FusedBasicBlock, 8, 12, 2))
+    pairs, projection = block.pairs, block.projection
+    x = batch(2, 8, 6, 5)
+
+    def recalled(x: Tensor) -> bool:
+        return folding.recall(x, pairs, projection, True, [block.relu]) is not None
+
+    assert not recalled(x)
+    y = block(x)
+    assert recalled(x)
+    assert torch.equal(block(x), y)
+    assert not recalled(batch(1, 8, 6, 5))
+    assert not recalled(x.contiguous())
+    assert not recalled(x.double())
+    with torch.enable_grad():
+        assert not recalled(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not recalled(x)
+    block.bn1.train()
+    assert not recalled(x)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("build", [lambda: block_twins(FusedBottleneck, 8, 4, 2)[0], lambda: FusedConvBNReLU(8, 8)])
 def test_weights_are_folded_once(build: Callable[[], nn.Module]) -> None:
