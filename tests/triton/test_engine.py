@@ -83,7 +83,8 @@ def test_every_part_of_a_block_is_served(op: str, dtype: torch.dtype, device: st
 @blocks
 def test_error_of_a_step_is_at_most_twice_eagers(name: str, training: bool, device: str) -> None:
     fused, eager = twins(name, training)
-    assert_accurate(device_step(fused, eager, images(name), device))
+    draws = (images(name, torch.float32, seed) for seed in range(3))  # one is at the mercy of how many threads add
+    assert_accurate(*(device_step(fused, eager, x, device) for x in draws))
 
 
 @modes

@@ -37,7 +37,10 @@ def exact_args(sample: Sample) -> tuple:
 
 
 def assert_close(sample: Sample, device: str) -> None:
-    """The error against float64 is at most twice that of the reference in the sample's dtype, or one rounding."""
+    """The error against float64 is at most twice that of the reference in the sample's dtype, or a few roundings.
+
+    A sum over many tiles is rounded once a tile and once a merge, ATen's fewer times, depending on its threads.
+    """
     ours = results_of(getattr(TRITON, sample.op), sample.args, device)
     theirs = results_of(getattr(reference, sample.op), sample.args)
     exact = results_of(getattr(reference, sample.op), exact_args(sample))
@@ -47,7 +50,10 @@ def assert_close(sample: Sample, device: str) -> None:
         if not a.is_floating_point():
             assert torch.equal(a, b), where
             continue
-        error, allowed = rms(a.double() - truth), 2 * rms(b.double() - truth) + torch.finfo(a.dtype).eps * rms(truth)
+        error, allowed = (
+            rms(a.double() - truth),
+            2 * rms(b.double() - truth) + 4 * torch.finfo(a.dtype).eps * rms(truth),
+        )
         assert error <= allowed, f"{where}: error {error:.3g}, allowed {allowed:.3g}"
 
 
