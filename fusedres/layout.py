@@ -41,6 +41,11 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def new_activation(like: Tensor, size: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised (N, C, H, W) channels_last tensor on the device and, unless told, of the dtype of ``like``."""
+    return torch.empty(size, dtype=dtype or like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
 def pixel_matrix(x: Tensor, stride: Sequence[int] = (1, 1)) -> Tensor:
     """(N, C, H, W) channels_last -> (N*P*Q, C): the pixels of every ``stride``-th row and column, as GEMM rows."""
     x = x[:, :, :: stride[0], :: stride[1]] if tuple(stride) != (1, 1) else x

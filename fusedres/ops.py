@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fusedres import dispatch
-from fusedres.layout import BN_ROWS, STAT_ROWS, SUM_ROWS, acc_dtype
+from fusedres.layout import BN_ROWS, STAT_ROWS, SUM_ROWS, acc_dtype, new_activation
 from fusedres.problem import out_size
 
 _library = torch.library.Library("fusedres", "DEF")
@@ -43,10 +43,6 @@ def _register(schema: str) -> Callable[[Callable], Callable]:
         return getattr(torch.ops.fusedres, name).default
 
     return bind
-
-
-def _activation(like: Tensor, *size: int) -> Tensor:
-    return like.new_empty(size).contiguous(memory_format=torch.channels_last)
 
 
 def _acc(like: Tensor, *size: int) -> Tensor:
@@ -79,7 +75,7 @@ def conv_fprop(
     p = out_size(x.shape[2], w.shape[2], stride[0], padding[0], dilation[0])
     q = out_size(x.shape[3], w.shape[3], stride[1], padding[1], dilation[1])
     stats = _acc(x, STAT_ROWS, w.shape[0]) if genstats else _acc(x, 0)
-    return _activation(x, x.shape[0], w.shape[0], p, q), stats
+    return new_activation(x, (x.shape[0], w.shape[0], p, q)), stats
 
 
 @_register(
@@ -114,7 +110,7 @@ def conv_dgrad(
     """
     n, c = g.shape[0], w.shape[1] * groups
     prev_sums = _acc(g, SUM_ROWS, c) if prev_z is not None else _acc(g, 0)
-    return _activation(g, n, c, *input_size), prev_sums
+    return new_activation(g, (n, c, *input_size)), prev_sums
 
 
 @_register(
@@ -139,7 +135,7 @@ def conv_wgrad(
 
     Prologues: ``g`` as in ``conv_dgrad``; ``x`` as in ``conv_fprop`` (recomputed from the stored ``z``, never kept).
     """
-    return _activation(x, g.shape[1], x.shape[1] // groups, *kernel_size)
+    return new_activation(x, (g.shape[1], x.shape[1] // groups, *kernel_size))
 
 
 @_register(
@@ -190,7 +186,7 @@ def scale_shift_add_relu(
     ``r`` is nothing, the ``residual`` (N, K, P, Q), or ``scale_d*residual + shift_d`` of a downsample branch with
     ``residual_bn`` (4, K).
     """
-    return _activation(z, *z.shape)
+    return new_activation(z, z.shape)
 
 
 @_register(
@@ -212,13 +208,13 @@ def drelu_dbn(
     """
     sums = _acc(dy, SUM_ROWS if z is not None else 1, dy.shape[1])
     residual_sums = _acc(dy, SUM_ROWS, dy.shape[1]) if residual_z is not None else _acc(dy, 0)
-    return _activation(dy, *dy.shape), sums, residual_sums
+    return new_activation(dy, dy.shape), sums, residual_sums
 
 
 @_register("dbn(Tensor g, Tensor z, Tensor bn, Tensor sums, float inv_count) -> Tensor")
 def dbn(g: Tensor, z: Tensor, bn: Tensor, sums: Tensor, inv_count: float) -> Tensor:
     """The prologue of ``conv_dgrad`` and ``conv_wgrad`` materialised: ``dz = a*g + b*(z - mean) + c``."""
-    return _activation(g, *g.shape)
+    return new_activation(g, g.shape)
 
 
 @_register("input_moments(Tensor x, Tensor? in_bn, SymInt[2] stride) -> Tensor")
@@ -284,7 +280,7 @@ def pointwise_dgrad(
     the conv's output grid: for ``stride`` 2 only those pixels have a gradient. Epilogue as in ``conv_dgrad``.
     """
     prev_sums = _acc(g, SUM_ROWS, x.shape[1]) if prev_z is not None else _acc(g, 0)
-    return _activation(g, g.shape[0], x.shape[1], g.shape[2], g.shape[3]), prev_sums
+    return new_activation(g, (g.shape[0], x.shape[1], g.shape[2], g.shape[3])), prev_sums
 
 
 @_register(
@@ -297,7 +293,7 @@ def bn_relu_maxpool(z: Tensor, bn: Tensor, kernel_size: int, stride: int, paddin
     """
     p = out_size(z.shape[2], kernel_size, stride, padding, 1)
     q = out_size(z.shape[3], kernel_size, stride, padding, 1)
-    y = _activation(z, z.shape[0], z.shape[1], p, q)
+    y = new_activation(z, (z.shape[0], z.shape[1], p, q))
     return y, torch.empty_like(y, dtype=torch.uint8)
 
 
@@ -319,4 +315,4 @@ def bn_relu_maxpool_backward(
 
     ``g`` (the gradient routed to the winning taps whose activation is not <= 0) is never stored.
     """
-    return _activation(z, *z.shape), _acc(z, SUM_ROWS, z.shape[1])
+    return new_activation(z, z.shape), _acc(z, SUM_ROWS, z.shape[1])

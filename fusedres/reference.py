@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedres.layout import BN, acc_dtype, channels_last, from_pixel_matrix, per_channel, pixel_matrix
+from fusedres.layout import BN, acc_dtype, channels_last, from_pixel_matrix, new_activation, per_channel, pixel_matrix
 
 
 def _relu(x: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ def conv_dgrad(
     prev_bn: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     dz = _output_gradient(g, z, bn, sums, inv_count)
-    x = channels_last(g.new_empty(g.shape[0], w.shape[1] * groups, *input_size))  # only its shape is read
+    x = new_activation(g, (g.shape[0], w.shape[1] * groups, *input_size))  # only its shape is read
     dx, _ = convolution_backward(dz, x, w, stride, padding, dilation, groups, (True, False))
     return _input_gradient(dx, residual, residual_stride, prev_z, prev_bn)
 
@@ -144,7 +144,7 @@ def conv_wgrad(
     groups: int,
 ) -> Tensor:
     dz = _output_gradient(g, z, bn, sums, inv_count)
-    w = channels_last(x.new_empty(g.shape[1], x.shape[1] // groups, *kernel_size))  # only its shape is read
+    w = new_activation(x, (g.shape[1], x.shape[1] // groups, *kernel_size))  # only its shape is read
     _, dw = convolution_backward(dz, _input(x, in_bn), w, stride, padding, dilation, groups, (False, True))
     return channels_last(dw)
 

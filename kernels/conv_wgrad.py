@@ -19,7 +19,6 @@ from fusedres.kernels.launch import (
     check_pixels,
     geometry,
     is_wide,
-    new_activation,
     precision,
     run,
     tile_constants,
@@ -29,7 +28,7 @@ from fusedres.kernels.reduce import sum_parts
 from fusedres.kernels.tile import cast, divisor, dot, pixel_of, row_offset, tile_of
 from torch import Tensor
 
-from fusedres.layout import BN_ROWS, SUM_ROWS, channels_last
+from fusedres.layout import BN_ROWS, SUM_ROWS, channels_last, new_activation
 from fusedres.problem import ConvProblem
 
 #: Below this many channels a tap is narrower than a tile's columns: taps and channels become one axis.

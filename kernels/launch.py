@@ -52,11 +52,6 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> Non
         _recorded.append(Launch(kernel, grid, args, constants))
 
 
-def new_activation(like: Tensor, size: Sequence[int]) -> Tensor:
-    """An uninitialised (N, C, H, W) channels_last tensor of the dtype and device of ``like``."""
-    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
-
-
 def precision(dtype: torch.dtype) -> str:
     """``input_precision`` of a dot: TF32 where PyTorch's own convolutions would use it."""
     return "tf32" if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"

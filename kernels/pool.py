@@ -20,7 +20,7 @@ from fusedres.kernels.sums import ROWS, merge_sums, new_partials
 from fusedres.kernels.tile import cast
 from torch import Tensor
 
-from fusedres.layout import channels_last
+from fusedres.layout import channels_last, new_activation
 from fusedres.problem import out_size
 
 WARPS = 4
@@ -83,8 +83,8 @@ def bn_relu_maxpool(z: Tensor, bn: Tensor, kernel_size: int, stride: int, paddin
     z = channels_last(z)
     n, c, h, w = z.shape
     p, q = (out_size(size, kernel_size, stride, padding, 1) for size in (h, w))
-    y = channels_last(z.new_empty(n, c, p, q))
-    tap = channels_last(z.new_empty((n, c, p, q), dtype=torch.uint8))
+    y = new_activation(z, (n, c, p, q))
+    tap = new_activation(z, (n, c, p, q), torch.uint8)
     if y.numel():
         block_q, block_c = tile_shape(q, c)
         run(
@@ -239,7 +239,7 @@ def bn_relu_maxpool_backward(
     """As ``fusedres.ops.bn_relu_maxpool_backward``."""
     dy, tap, z = channels_last(dy), channels_last(tap), channels_last(z)
     n, c, h, w = z.shape
-    dz, (p, q), lines = channels_last(z.new_empty(z.shape)), dy.shape[2:], n * h
+    dz, (p, q), lines = new_activation(z, z.shape), dy.shape[2:], n * h
     pool = {"KERNEL": kernel_size, "STRIDE": stride, "PADDING": padding}
     (block_q, block_c), each = tile_shape(w, c), max(triton.cdiv(lines, _PROGRAMS), 1)
     tile = {"BLOCK_Q": block_q, "BLOCK_C": block_c, "num_warps": WARPS}

@@ -17,7 +17,7 @@ from fusedres.kernels.sums import merge_sums, new_partials, rows_each
 from fusedres.kernels.tile import cast
 from torch import Tensor
 
-from fusedres.layout import channels_last
+from fusedres.layout import channels_last, new_activation
 
 WARPS = 4
 _TILE_BYTES = 8192  # of one operand: four 16-byte accesses in flight for each of 128 threads
@@ -80,7 +80,7 @@ def scale_shift_add_relu(
 ) -> Tensor:
     """As ``fusedres.ops.scale_shift_add_relu``."""
     z, residual = channels_last(z), None if residual is None else channels_last(residual)
-    y, c = channels_last(z.new_empty(z.shape)), z.shape[1]
+    y, c = new_activation(z, z.shape), z.shape[1]
     if z.numel() == 0:
         return y
     m, (block_m, block_c) = z.numel() // c, tile_shape(c, z.element_size())
@@ -116,7 +116,7 @@ def dbn_kernel(g, z, bn, sums, dz, inv_count, m, c, FORM: tl.constexpr, BLOCK_M:
 def dbn(g: Tensor, z: Tensor, bn: Tensor, sums: Tensor, inv_count: float) -> Tensor:
     """As ``fusedres.ops.dbn``."""
     g, z = channels_last(g), channels_last(z)
-    dz, c = channels_last(g.new_empty(g.shape)), g.shape[1]
+    dz, c = new_activation(g, g.shape), g.shape[1]
     if g.numel() == 0:
         return dz
     m, (block_m, block_c) = g.numel() // c, tile_shape(c, g.element_size())
@@ -206,7 +206,7 @@ def drelu_dbn(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``fusedres.ops.drelu_dbn``."""
     dy, y, z, residual_z = (None if t is None else channels_last(t) for t in (dy, y, z, residual_z))
-    g, c = channels_last(dy.new_empty(dy.shape)), dy.shape[1]
+    g, c = new_activation(dy, dy.shape), dy.shape[1]
     m = dy.numel() // max(c, 1)
     block_m, block_c = sums_tile_shape(c, dy.element_size())
     each = rows_each(m, c, block_m, block_c)

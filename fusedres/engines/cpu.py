@@ -16,7 +16,7 @@ from torch import Tensor
 from fusedres import native, reference
 from fusedres.engines import Engine, FoldedChain, FoldedConv, FoldedRun
 from fusedres.engines.onednn import PackedChain, onednn_conv, onednn_reason
-from fusedres.layout import acc_dtype, channels_last
+from fusedres.layout import acc_dtype, channels_last, new_activation
 from fusedres.problem import as_pair
 
 kernels = torch.ops.fusedres_cpu
@@ -117,7 +117,7 @@ class CPUEngine(Engine):
             dx = onednn_conv(dz, transposed, fused, False)
             residual = residual if fused is None else None
         else:
-            x = channels_last(dz.new_empty(dz.shape[0], w.shape[1] * groups, *input_size))  # only its shape is read
+            x = new_activation(dz, (dz.shape[0], w.shape[1] * groups, *input_size))  # only its shape is read
             dx = reference.convolution_backward(dz, x, w, stride, padding, dilation, groups, (True, False))[0]
         dx = channels_last(dx)
         if residual is not None:
@@ -142,7 +142,7 @@ class CPUEngine(Engine):
         if groups == 1:
             return kernels.conv_wgrad(g, z, bn, sums, inv_count, x, in_bn, kernel_size, stride, padding, dilation)
         dz = g if z is None else kernels.dbn(g, z, bn, sums, inv_count)
-        w = channels_last(x.new_empty(g.shape[1], x.shape[1] // groups, *kernel_size))  # only its shape is read
+        w = new_activation(x, (g.shape[1], x.shape[1] // groups, *kernel_size))  # only its shape is read
         dw = reference.convolution_backward(dz, _input(x, in_bn), w, stride, padding, dilation, groups, (False, True))[
             1
         ]
