@@ -1,13 +1,12 @@
 // Convolution of one block of pixels by one block of panels, and the packing of weights into panels. Included by
 // foreach_isa.h, per instruction set.
 
+#include "cpu/micro_tile.h"
 #include "cpu/prologue.h"
 
 namespace fusedres::cpu::FUSEDRES_ISA {
 
-// A micro-tile's sums, one panel row of weights and one broadcast element fill the registers: 16 of them, 32 for
-// 64-byte vectors.
-constexpr int kConvPixels = FUSEDRES_VECTOR_BYTES == 64 ? 12 : 6, kConvVectors = 2;
+constexpr int kConvPixels = kMicroRows, kConvVectors = kMicroVectors;
 
 template <typename T>
 constexpr int64_t kConvChannels = kConvVectors * kLanes<T>;

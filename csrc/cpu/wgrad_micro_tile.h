@@ -1,12 +1,12 @@
 // The inner product of a weight gradient: a micro-tile of dw kept in registers over all pixels of a packed block.
 // Included by wgrad_kernels.h, per instruction set.
 
+#include "cpu/micro_tile.h"
+
 namespace fusedres::cpu::FUSEDRES_ISA {
 
-// Micro-tiles of (rows, vectors). Their accumulators, the vectors of one pixel and a broadcast fill the registers: 16
-// of them, 32 for 64-byte vectors. The low and wide shape is for sides with few rows, which the other could not keep
-// busy.
-constexpr int kTallRows = FUSEDRES_VECTOR_BYTES == 64 ? 12 : 6, kTallVectors = 2;
+// The low and wide shape is for sides with few rows, which the tall one could not keep busy.
+constexpr int kTallRows = kMicroRows, kTallVectors = kMicroVectors;
 constexpr int kWideRows = kTallRows / 2, kWideVectors = 2 * kTallVectors;
 constexpr int kMicroTileVectors = kTallRows * kTallVectors;
 
