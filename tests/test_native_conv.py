@@ -177,6 +177,14 @@ def test_a_folded_chain_is_its_convs_one_by_one(n, shortcut):
     torch.testing.assert_close(y.double(), a.relu(), rtol=1e-4, atol=1e-3)
 
 
+def test_a_folded_chain_refuses_half_dtypes_however_large_its_maps():
+    x = torch.zeros(2, 16, 26, 25, dtype=torch.bfloat16).contiguous(memory_format=CL)
+    w, bias = torch.zeros(16, 16, 1, 1, dtype=torch.bfloat16), torch.zeros(16, dtype=torch.bfloat16)
+    packed, geometry = torch.zeros(256, dtype=torch.bfloat16), [1, 1, 0, 0, 1, 1]
+    with pytest.raises(RuntimeError, match="float32 or float64"):
+        kernels.folded_chain(x, None, [w] * 2, [packed] * 2, [bias] * 2, geometry * 2, True, False, True)
+
+
 def test_activations_reuse_the_memory_of_those_that_died():
     x = torch.randn(1, 16, 160, 160).contiguous(memory_format=CL)
     w = torch.randn(16, 16, 1, 1)

@@ -38,19 +38,6 @@ Tensor packed_for_fprop(const ConvPlan& plan, const Tensor& w) {
   return packed_weight<T>(plan, w, {w.stride(0), w.stride(2), w.stride(3), w.stride(1), w.size(1)});
 }
 
-// float32 or float64; any strides.
-void check_weight(const Tensor& w) {
-  const ScalarType dtype = w.scalar_type();
-  require(w.is_cpu() && w.dim() == 4 && w.numel() > 0 && (dtype == ScalarType::Float || dtype == ScalarType::Double),
-          "w is ", describe(w), ", expected a (K, C, R, S) CPU tensor of float32 or float64");
-}
-
-template <typename Function>
-void for_conv_dtype(ScalarType dtype, const Function& function) {
-  if (dtype == ScalarType::Double) return function(double{});
-  function(float{});
-}
-
 }  // namespace
 
 Tensor conv_pack(const Tensor& w) {
@@ -69,15 +56,10 @@ Tensor conv_pack(const Tensor& w) {
 Tensor conv_fprop(const Tensor& x, const Tensor& w, const MaybeTensor& packed, const MaybeTensor& bias,
                   const MaybeTensor& residual, const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                   const std::vector<int64_t>& dilation, bool relu) {
-  check_weight(w);
-  const Activation in = check_activation(x, "x");
   const ScalarType dtype = x.scalar_type();
-  require(w.scalar_type() == dtype && w.size(1) == in.C, "x is ", describe(x), " and w is ", describe(w),
-          ", expected one dtype and number of channels");
-  const int64_t K = w.size(0);
-  const Conv conv{in.N, in.C, K, check_axes({in.H, in.W}, {w.size(2), w.size(3)}, stride, padding, dilation)};
-  const Tensor y = new_activation({in.N, K, conv.axes.h.out, conv.axes.w.out}, dtype);
-  if (bias) check_tensor(*bias, "bias", dtype, {K});
+  const Conv conv = check_conv(w, check_activation(x, "x"), dtype, stride, padding, dilation);
+  const Tensor y = new_activation(conv.output(), dtype);
+  if (bias) check_tensor(*bias, "bias", dtype, {conv.K});
   if (residual) check_like(*residual, "residual", y, "the output");
   for_conv_dtype(dtype, [&](auto element) {
     using T = decltype(element);

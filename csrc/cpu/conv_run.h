@@ -6,11 +6,6 @@
 
 namespace fusedres::cpu {
 
-struct Conv {
-  int64_t N, C, K;
-  ConvAxes axes;
-};
-
 // The three channels of a picture are too few for a tap: there all taps of a filter row become one, which reads
 // neighbouring pixels as if they were one pixel's channels. That needs a picture whose padded columns are really there.
 bool merges_columns(const Conv& conv);

@@ -52,19 +52,14 @@ struct Step {
   ConvPlan plan;
   const void *packed, *bias;
 
-  int64_t in_elements() const { return conv.C * conv.axes.h.in * conv.axes.w.in; }
-  int64_t out_elements() const { return conv.K * conv.axes.h.out * conv.axes.w.out; }
+  int64_t out_elements() const { return conv.output().numel(); }
 };
 
 template <typename T>
 Step step_of(const Chain& chain, int64_t i, const Activation& in) {
   const Geometry g = Geometry::of(chain.geometry, i);
-  const Tensor& w = chain.weights[i];
   const ScalarType dtype = chain.x.scalar_type();
-  require(w.dim() == 4 && w.scalar_type() == dtype && w.size(1) == in.C, "weight ", i, " is ", describe(w),
-          ", expected one of ", in.C, " channels");
-  const Conv conv{1, in.C, w.size(0),
-                  check_axes({in.H, in.W}, {w.size(2), w.size(3)}, g.stride, g.padding, g.dilation)};
+  const Conv conv = check_conv(chain.weights[i], {1, in.C, in.H, in.W}, dtype, g.stride, g.padding, g.dilation);
   Step step{conv, fprop_plan<T>(conv, 1), const_data<void>(chain.packed[i]), const_data<void>(chain.biases[i])};
   check_tensor(chain.packed[i], "packed", dtype, {step.plan.packed_elements()});
   check_tensor(chain.biases[i], "bias", dtype, {conv.K});
@@ -78,15 +73,14 @@ Tensor image_by_image(const Chain& chain) {
   const ScalarType dtype = chain.x.scalar_type();
   const Activation in = check_activation(chain.x, "x");
   std::vector<Step> steps;
-  Activation at{1, in.C, in.H, in.W};
+  Activation at = in;
   int64_t most = 0;
   for (int64_t i = 0; i < chain.length(); ++i) {
     steps.push_back(step_of<T>(chain, i, at));
-    const Conv& conv = steps.back().conv;
-    at = {1, conv.K, conv.axes.h.out, conv.axes.w.out};
+    at = steps.back().conv.output();
     if (i + 1 < chain.length()) most = std::max(most, steps.back().out_elements());
   }
-  if (chain.projection) steps.push_back(step_of<T>(chain, chain.length(), {1, in.C, in.H, in.W}));
+  if (chain.projection) steps.push_back(step_of<T>(chain, chain.length(), in));
   const Tensor y = new_activation({in.N, at.C, at.H, at.W}, dtype);
   require(!chain.projection || steps.back().out_elements() == at.numel(), "the projection does not give ", describe(y));
   if (chain.residual) check_like(*chain.residual, "residual", y, "the output");
@@ -143,7 +137,9 @@ Tensor folded_chain(const Tensor& x, const MaybeTensor& residual, const std::vec
               geometry.size() == 6 * weights.size(),
           "weights, packed, biases and geometry do not go together");
   if (!suits_image_by_image(chain)) return conv_by_conv(chain);
-  return x.scalar_type() == ScalarType::Double ? image_by_image<double>(chain) : image_by_image<float>(chain);
+  Tensor y = x;
+  for_conv_dtype(weights[0].scalar_type(), [&](auto element) { y = image_by_image<decltype(element)>(chain); });
+  return y;
 }
 
 }  // namespace fusedres::cpu
