@@ -76,13 +76,11 @@ class CPUEngine(Engine):
         if native.missing is not None and (in_bn is not None or genstats):
             return reference.conv_fprop(x, w, bias, residual, in_bn, stride, padding, dilation, groups, relu, genstats)
         x = _input(x, in_bn)
-        if _is_native(x, groups):
-            y = kernels.conv_fprop(x, w, None, bias, residual, stride, padding, dilation, relu)
-        elif residual is None and not relu:
+        if residual is None and not relu and not _is_native(x, groups):
             y = F.conv2d(x, w, bias, stride, padding, dilation, groups)
         else:
             conv = FoldedConv(w, bias, as_pair(stride), as_pair(padding), as_pair(dilation), groups)
-            y = onednn_conv(x, conv, residual, relu)
+            y = _run(x, conv, residual, relu)
         y = channels_last(y)
         return y, kernels.channel_stats(y) if genstats else y.new_empty(0, dtype=acc_dtype(y.dtype))
 
@@ -179,8 +177,8 @@ class CPUEngine(Engine):
     ) -> tuple[Tensor, Tensor]:
         from_g, from_x, constant = reference.pointwise_dgrad_operands(moments, w, bn, sums, inv_count)
         a = channels_last(_input(x, in_bn)[:, :, :: stride[0], :: stride[1]])
-        part = _run(a, _pointwise(from_x, constant, g.dtype), None)
-        dx = channels_last(_run(g, _pointwise(from_g, None, g.dtype), part))
+        part = _run(a, _pointwise(from_x, constant, g.dtype), None, False)
+        dx = channels_last(_run(g, _pointwise(from_g, None, g.dtype), part, False))
         return dx, _drelu_(dx, prev_z, prev_bn)
 
 
@@ -211,11 +209,12 @@ def _is_native(x: Tensor, groups: int) -> bool:
     return native.missing is None and groups == 1 and x.dtype in (torch.float32, torch.float64)
 
 
-def _run(x: Tensor, conv: FoldedConv, residual: Tensor | None) -> Tensor:
-    """``conv(x) + residual``."""
+def _run(x: Tensor, conv: FoldedConv, residual: Tensor | None, relu: bool) -> Tensor:
+    """``act(conv(x) + bias + residual)``, by the native library or oneDNN."""
     if not _is_native(x, conv.groups):
-        return onednn_conv(x, conv, residual, False)
-    return kernels.conv_fprop(x, conv.w, None, conv.bias, residual, conv.stride, conv.padding, conv.dilation, False)
+        return onednn_conv(x, conv, residual, relu)
+    w, bias, *geometry, _ = conv
+    return kernels.conv_fprop(x, w, None, bias, residual, *geometry, relu)
 
 
 def _drelu_(dx: Tensor, prev_z: Tensor | None, prev_bn: Tensor | None) -> Tensor:
