@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 
 
 class _Entry(NamedTuple):
+    """A folded chain, the call it serves, and what its tensors were (``_state``)."""
+
     key: tuple[Any, ...]
+    state: tuple[Any, ...] | None
     run: FoldedRun
 
 
@@ -48,8 +51,7 @@ class _Recalled(NamedTuple):
     call: _Call
     guards: tuple[Guard, ...]
     tensors: list[Tensor]
-    state: tuple[Any, ...]
-    run: FoldedRun
+    entry: _Entry
 
 
 #: The last folded form of each chain, by its first conv. Copies and pickles of a module do not carry it along.
@@ -91,17 +93,23 @@ def _sources(pair: ConvBN) -> tuple[Tensor | None, ...]:
     return conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var
 
 
+def _tensors(pairs: Sequence[ConvBN]) -> list[Tensor]:
+    return [t for pair in pairs for t in _sources(pair) if t is not None]
+
+
 def run(spec: ChainSpec, x: Tensor, residual: Tensor | None, pairs: Sequence[ConvBN]) -> Tensor:
     """The chain folded: ``x`` (N, C, H, W) -> (N, K, P, Q), both channels_last."""
     if torch.compiler.is_compiling():
         return _run_ops(_fold(spec, pairs, x.dtype), x, residual)
-    key = _key(spec, x, pairs)
-    entry = _entries.get(pairs[0].conv)
-    if entry is None or key is None or entry.key != key:
-        _entries.pop(pairs[0].conv, None)
-        entry = _Entry(key or (), _compile(_fold(spec, pairs, x.dtype), x))
-        if key is not None:
-            _entries[pairs[0].conv] = entry
+    conv = pairs[0].conv
+    key = spec, x.shape, x.dtype, x.device
+    state = _state(conv, _tensors(pairs))
+    entry = _entries.get(conv)
+    if entry is None or state is None or entry.key != key or entry.state != state:
+        _entries.pop(conv, None)
+        entry = _Entry(key, state, _compile(_fold(spec, pairs, x.dtype), x))
+        if state is not None:
+            _entries[conv] = entry
     return entry.run(x, residual)
 
 
@@ -112,7 +120,7 @@ def recall(
 
     Checking that nothing changed takes a tenth of the time of reading every setting.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or autocast.is_on(x.device.type):
+    if not _may_recall(x):
         return None
     last = _recalled.get(pairs[0].conv)
     if (
@@ -121,25 +129,31 @@ def recall(
         or type(x) is not Tensor
         or not x.is_contiguous(memory_format=torch.channels_last)
         or not all_hold(last.guards, _modules(pairs, shortcut, activations))
-        or last.state != _state(pairs[0].conv, last.tensors)
+        or last.entry.state != _state(pairs[0].conv, last.tensors)
     ):
         return None
-    return last.run(x, None)
+    return last.entry.run(x, None)
 
 
 def remember(
     x: Tensor, pairs: Sequence[ConvBN], shortcut: ConvBN | Tensor | None, relu: bool, activations: Sequence[nn.Module]
 ) -> None:
-    """Make the call that just ran folded one to ``recall``."""
+    """Make the call that just ran folded one to ``recall``, if such a call can be recalled at all."""
     conv = pairs[0].conv
     entry = _entries.get(conv)
-    if entry is None or torch.compiler.is_compiling() or (isinstance(shortcut, Tensor) and shortcut is not x):
+    is_other_tensor = isinstance(shortcut, Tensor) and shortcut is not x
+    # Another thread may have left an entry of its own.
+    is_ours = entry is not None and entry.key[1:] == (x.shape, x.dtype, x.device)
+    if entry is None or not is_ours or is_other_tensor or not _may_recall(x):
         _recalled.pop(conv, None)
         return
-    convs = [*pairs, *([shortcut] if isinstance(shortcut, tuple) else [])]
-    tensors = [t for pair in convs for t in _sources(pair) if t is not None]
     guards = tuple(map(Guard.of, _modules(pairs, shortcut, activations)))
-    _recalled[conv] = _Recalled(_call(x, shortcut, relu), guards, tensors, entry.key[-1], entry.run)
+    tensors = _tensors([*pairs, *([shortcut] if isinstance(shortcut, tuple) else [])])
+    _recalled[conv] = _Recalled(_call(x, shortcut, relu), guards, tensors, entry)
+
+
+def _may_recall(x: Tensor) -> bool:
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or autocast.is_on(x.device.type))
 
 
 def _call(x: Tensor, shortcut: ConvBN | Tensor | None, relu: bool) -> _Call:
@@ -152,12 +166,6 @@ def _modules(
 ) -> tuple[nn.Module, ...]:
     """Every module that takes part, in order."""
     return (*chain.from_iterable(pairs), *(shortcut if isinstance(shortcut, tuple) else ()), *activations)
-
-
-def _key(spec: ChainSpec, x: Tensor, pairs: Sequence[ConvBN]) -> tuple[Any, ...] | None:
-    """What the folded form depends on, the state of its tensors last; None where changes could go unseen."""
-    state = _state(pairs[0].conv, [t for pair in pairs for t in _sources(pair) if t is not None])
-    return None if state is None else (spec, x.shape, x.dtype, x.device, state)
 
 
 def _state(conv: nn.Module, tensors: list[Tensor]) -> tuple[Any, ...] | None:
