@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import re
 import sys
@@ -56,23 +57,23 @@ def contestants(args: argparse.Namespace) -> dict[str, nn.Module]:
 
 
 def training_step(model: nn.Module, inputs: list[Tensor], labels: Tensor, dtype: torch.dtype) -> Callable[[], None]:
-    turn = iter(range(1 << 60))
+    turns = itertools.cycle(inputs)
 
     def run() -> None:
         model.zero_grad(set_to_none=True)
         with torch.autocast("cuda", dtype):
-            loss = F.cross_entropy(model(inputs[next(turn) % len(inputs)]), labels)
+            loss = F.cross_entropy(model(next(turns)), labels)
         loss.backward()
 
     return run
 
 
 def inference(model: nn.Module, inputs: list[Tensor], dtype: torch.dtype) -> Callable[[], None]:
-    turn = iter(range(1 << 60))
+    turns = itertools.cycle(inputs)
 
     def run() -> None:
         with torch.inference_mode(), torch.autocast("cuda", dtype):
-            model(inputs[next(turn) % len(inputs)])
+            model(next(turns))
 
     return run
 

@@ -32,8 +32,7 @@ def tile_shape(c: int, itemsize: int) -> tuple[int, int]:
 
 def sums_tile_shape(c: int, itemsize: int) -> tuple[int, int]:
     """``tile_shape`` for kernels that keep a float32 accumulator of the tile for every sum: half of it."""
-    block_m, block_c = tile_shape(c, max(itemsize, 4))
-    return block_m, block_c
+    return tile_shape(c, max(itemsize, 4))
 
 
 @triton.jit
