@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 import triton
-from fusedres.kernels.aot import Build, Plan, plans
-from fusedres.kernels.cubin import MULTIPROCESSORS, Usage, usage
 from torch import Tensor, nn
 
 import fusedres
+from fusedres.kernels.aot import Build, Plan, plans
+from fusedres.kernels.cubin import MULTIPROCESSORS, Usage, usage
 from fusedres.problem import ConvProblem
 
 BATCH = 256

@@ -11,15 +11,15 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
 from fusedres.kernels import configs
 from fusedres.kernels.conv_dgrad import conv_dgrad
 from fusedres.kernels.conv_fprop import conv_fprop
 from fusedres.kernels.conv_wgrad import conv_wgrad
 from fusedres.kernels.launch import Launch, recording
-from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
 from fusedres.problem import ConvProblem
 
 #: Compute capability for which each row of ``configs.TABLE`` is compiled.

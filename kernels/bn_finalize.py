@@ -11,11 +11,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fusedres.kernels.launch import run
-from fusedres.kernels.tile import cast
 from torch import Tensor
 
 from fusedres import reference
+from fusedres.kernels.launch import run
+from fusedres.kernels.tile import cast
 from fusedres.layout import BN_ROWS
 
 _BLOCK = 1024

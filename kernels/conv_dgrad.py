@@ -13,12 +13,15 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fusedres.kernels import configs
 from fusedres.kernels.epilogue import drelu, tile_sums
 from fusedres.kernels.groups import blocking
 from fusedres.kernels.launch import (
     check_operands,
     check_pixels,
+    contiguous,
     geometry,
     is_wide,
     precision,
@@ -27,9 +30,7 @@ from fusedres.kernels.launch import (
 )
 from fusedres.kernels.prologue import bn_scale_shift, gradient_form, gradient_vectors, load_gradient
 from fusedres.kernels.reduce import sum_parts
-from fusedres.kernels.tile import cast, divisor, dot, pixel_of, row_offset, tile_of
-from torch import Tensor
-
+from fusedres.kernels.tile import cast, channels_of, divisor, dot, pixel_of, row_offset, tile_of
 from fusedres.layout import BN_ROWS, SUM_ROWS, channels_last, new_activation
 from fusedres.problem import ConvProblem, out_size
 
@@ -114,14 +115,7 @@ def conv_dgrad_kernel(
     phase_w = phase % STRIDE_W
     row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = row < gemm_m
-    group = 0
-    if GROUPED:
-        tiles_per_group = tl.cdiv(block_c, BLOCK_N)
-        group = tile_n // tiles_per_group
-        tile_n = tile_n % tiles_per_group
-    c_in = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)  # inside the group
-    c = group * block_c + c_in
-    c_mask = (c_in < block_c) & (c < C)
+    group, c_in, c, c_mask = channels_of(tile_n, block_c, C, GROUPED, BLOCK_N)
     first_k = group * block_k
 
     PLAIN_GEMM: tl.constexpr = R == 1 and S == 1 and CLASSES == 1 and PAD_H == 0 and PAD_W == 0
@@ -249,12 +243,12 @@ def conv_dgrad(
         prev_z=(prev_z, size, g.dtype),
         prev_bn=(prev_bn, (BN_ROWS, problem.C), torch.float32),
     )
-    check_pixels(max(problem.gemm_m, problem.N * problem.H * problem.W))
+    check_pixels(problem)
     g, z, w, residual, prev_z = (None if t is None else channels_last(t) for t in (g, z, w, residual, prev_z))
     assert g is not None
     assert w is not None
     dx = new_activation(g, size)
-    blocks = blocking(problem.C, k, groups)
+    blocks = blocking(problem)
     gathers = k % 16 != 0 or problem.C % 16 != 0
     tile = configs.choose(configs.machine(g.device).dgrad, g.element_size(), blocks.c, gathers)
     classes = problem.stride[0] * problem.stride[1]
@@ -272,13 +266,13 @@ def conv_dgrad(
             (tiles_m * tiles_n * classes,),
             g,
             z,
-            None if bn is None else bn.contiguous(),
-            None if sums is None else sums.contiguous(),
+            contiguous(bn),
+            contiguous(sums),
             inv_count,
             w,
             residual,
             prev_z,
-            None if prev_bn is None else prev_bn.contiguous(),
+            contiguous(prev_bn),
             dx,
             parts,
             problem.H,
@@ -301,10 +295,7 @@ def conv_dgrad(
             STEP_W=step_w,
             JUMP_H=jump_h,
             JUMP_W=jump_w,
-            GROUPED=blocks.count > 1,
-            MERGE=blocks.merge,
-            GROUP_C=blocks.group_c if blocks.merge > 1 else 0,
-            GROUP_K=blocks.group_k if blocks.merge > 1 else 0,
+            **blocks.constants(divides=blocks.merge > 1),
             EVEN_K=blocks.k % tile.block_k == 0 and k % blocks.k == 0,
             WIDE=is_wide(g, dx),
             FORM=gradient_form(z, inv_count),

@@ -11,12 +11,15 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fusedres.kernels import configs
 from fusedres.kernels.epilogue import tile_statistics
-from fusedres.kernels.groups import blocking
+from fusedres.kernels.groups import blocking, is_flat
 from fusedres.kernels.launch import (
     check_operands,
     check_pixels,
+    contiguous,
     geometry,
     is_wide,
     precision,
@@ -25,14 +28,9 @@ from fusedres.kernels.launch import (
 )
 from fusedres.kernels.prologue import input_vectors, load_input, relu
 from fusedres.kernels.reduce import merge_parts
-from fusedres.kernels.tile import cast, divisor, dot, pixel_of, row_offset, tile_of
-from torch import Tensor
-
+from fusedres.kernels.tile import cast, channels_of, divisor, dot, pixel_of, row_offset, tile_of
 from fusedres.layout import BN_ROWS, STAT_ROWS, channels_last, new_activation
 from fusedres.problem import ConvProblem
-
-#: Below this many channels a tap is narrower than a load: taps and channels become one axis of the GEMM.
-_FLAT_BELOW = 16
 
 
 @triton.jit(do_not_specialize=["q_div", "pq_div"])
@@ -86,14 +84,7 @@ def conv_fprop_kernel(
     tile_m, tile_n = tile_of(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
     row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = row < gemm_m
-    group = 0
-    if GROUPED:
-        tiles_per_group = tl.cdiv(block_k, BLOCK_N)
-        group = tile_n // tiles_per_group
-        tile_n = tile_n % tiles_per_group
-    k_in = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)  # inside the group
-    k = group * block_k + k_in
-    k_mask = (k_in < block_k) & (k < K)
+    group, k_in, k, k_mask = channels_of(tile_n, block_k, K, GROUPED, BLOCK_N)
     first_c = group * block_c
 
     # The input pixel under the first tap; it may lie outside the map.
@@ -213,17 +204,16 @@ def conv_fprop(
     )
     if problem.P < 1 or problem.Q < 1:
         raise RuntimeError(f"a kernel larger than the padded map: {problem}")
-    check_pixels(max(problem.gemm_m, problem.N * problem.H * problem.W))
+    check_pixels(problem)
     x, w = channels_last(x), channels_last(w)
     residual = None if residual is None else channels_last(residual)
     y = new_activation(x, size)
-    blocks = blocking(problem.C, problem.K, groups)
-    is_flat = groups == 1 and problem.C < _FLAT_BELOW and problem.R * problem.S > 1
-    tile = configs.choose(configs.machine(x.device).fprop, x.element_size(), blocks.k, is_flat or problem.C % 16 != 0)
+    blocks = blocking(problem)
+    flat = is_flat(problem)
+    tile = configs.choose(configs.machine(x.device).fprop, x.element_size(), blocks.k, flat or problem.C % 16 != 0)
     tiles_m = triton.cdiv(problem.gemm_m, tile.block_m)
     tiles_n = blocks.count * triton.cdiv(blocks.k, tile.block_n)
     parts = x.new_empty((tiles_m if genstats else 0, STAT_ROWS, problem.K), dtype=torch.float32)
-    divides = is_flat or blocks.merge > 1
     if tiles_m:
         run(
             conv_fprop_kernel,
@@ -232,7 +222,7 @@ def conv_fprop(
             w,
             bias,
             residual,
-            None if in_bn is None else in_bn.contiguous(),
+            contiguous(in_bn),
             y,
             parts,
             problem.H,
@@ -249,11 +239,8 @@ def conv_fprop(
             blocks.c,
             blocks.k,
             **geometry(problem),
-            FLAT=is_flat,
-            GROUPED=blocks.count > 1,
-            MERGE=blocks.merge,
-            GROUP_C=blocks.group_c if divides else 0,
-            GROUP_K=blocks.group_k if divides else 0,
+            **blocks.constants(divides=flat or blocks.merge > 1),
+            FLAT=flat,
             EVEN_C=blocks.c % tile.block_k == 0 and problem.C % blocks.c == 0,
             WIDE=is_wide(x, y),
             ACTIVATE=in_bn is not None,

@@ -12,11 +12,14 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fusedres.kernels import configs
-from fusedres.kernels.groups import blocking
+from fusedres.kernels.groups import blocking, is_flat
 from fusedres.kernels.launch import (
     check_operands,
     check_pixels,
+    contiguous,
     geometry,
     is_wide,
     precision,
@@ -25,14 +28,10 @@ from fusedres.kernels.launch import (
 )
 from fusedres.kernels.prologue import gradient_form, gradient_vectors, input_vectors, load_gradient, load_input
 from fusedres.kernels.reduce import sum_parts
-from fusedres.kernels.tile import cast, divisor, dot, pixel_of, row_offset, tile_of
-from torch import Tensor
-
+from fusedres.kernels.tile import cast, channels_of, divisor, dot, pixel_of, row_offset, tile_of
 from fusedres.layout import BN_ROWS, SUM_ROWS, channels_last, new_activation
 from fusedres.problem import ConvProblem
 
-#: Below this many channels a tap is narrower than a tile's columns: taps and channels become one axis.
-_FLAT_BELOW = 16
 #: Steps of the loop below which a chunk's start and end cost more than its sum.
 _MIN_STEPS = 8
 
@@ -85,14 +84,7 @@ def conv_wgrad_kernel(
 ):
     # tile_m counts output channels group by group; tile_n counts taps, within a tap blocks of input channels.
     tile_m, tile_n = tile_of(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
-    group = 0
-    if GROUPED:
-        tiles_per_group = tl.cdiv(block_k, BLOCK_M)
-        group = tile_m // tiles_per_group
-        tile_m = tile_m % tiles_per_group
-    k_in = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    k = group * block_k + k_in
-    k_mask = (k_in < block_k) & (k < K)
+    group, k_in, k, k_mask = channels_of(tile_m, block_k, K, GROUPED, BLOCK_M)
     column = tl.arange(0, BLOCK_N)
     if FLAT:
         at = tile_n * BLOCK_N + column
@@ -190,20 +182,19 @@ def conv_wgrad(
         sums=(sums, (SUM_ROWS, k), torch.float32),
         in_bn=(in_bn, (BN_ROWS, problem.C), torch.float32),
     )
-    check_pixels(max(problem.gemm_m, problem.N * problem.H * problem.W))
+    check_pixels(problem)
     dw = new_activation(x, size)
     if problem.gemm_m == 0:
         return dw.zero_()
     g, z, x = channels_last(g), None if z is None else channels_last(z), channels_last(x)
-    blocks = blocking(problem.C, k, groups)
+    blocks = blocking(problem)
     machine = configs.machine(x.device)
     taps = problem.R * problem.S
-    is_flat = groups == 1 and problem.C < _FLAT_BELOW and taps > 1
-    divides = is_flat or blocks.merge > 1
-    gathers = is_flat or k % 16 != 0 or problem.C % 16 != 0
-    tile = configs.choose(machine.wgrad, x.element_size(), taps * blocks.c if is_flat else blocks.c, gathers)
+    flat = is_flat(problem)
+    gathers = flat or k % 16 != 0 or problem.C % 16 != 0
+    tile = configs.choose(machine.wgrad, x.element_size(), taps * blocks.c if flat else blocks.c, gathers)
     tiles_m = blocks.count * triton.cdiv(blocks.k, tile.block_m)
-    tiles_n = triton.cdiv(taps * blocks.c, tile.block_n) if is_flat else taps * triton.cdiv(blocks.c, tile.block_n)
+    tiles_n = triton.cdiv(taps * blocks.c, tile.block_n) if flat else taps * triton.cdiv(blocks.c, tile.block_n)
     chunk = chunk_of(problem.gemm_m, tiles_m * tiles_n, machine.programs, tile.block_k)
     chunks = triton.cdiv(problem.gemm_m, chunk)
     parts = None if chunks == 1 else x.new_empty((chunks, dw.numel()), dtype=torch.float32)
@@ -212,11 +203,11 @@ def conv_wgrad(
         (tiles_m * tiles_n, chunks),
         g,
         z,
-        None if bn is None else bn.contiguous(),
-        None if sums is None else sums.contiguous(),
+        contiguous(bn),
+        contiguous(sums),
         inv_count,
         x,
-        None if in_bn is None else in_bn.contiguous(),
+        contiguous(in_bn),
         dw if parts is None else parts,
         problem.H,
         problem.W,
@@ -233,11 +224,8 @@ def conv_wgrad(
         blocks.c,
         blocks.k,
         **geometry(problem),
-        FLAT=is_flat,
-        GROUPED=blocks.count > 1,
-        MERGE=blocks.merge,
-        GROUP_C=blocks.group_c if divides else 0,
-        GROUP_K=blocks.group_k if divides else 0,
+        **blocks.constants(divides=flat or blocks.merge > 1),
+        FLAT=flat,
         WIDE=is_wide(x, g),
         FORM=gradient_form(z, inv_count),
         ACTIVATE=in_bn is not None,

@@ -8,8 +8,9 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fusedres.kernels.aot import Build
 from triton import knobs
+
+from fusedres.kernels.aot import Build
 
 
 class Multiprocessor(NamedTuple):

@@ -9,8 +9,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from fusedres.problem import ConvProblem
+
 #: Channels that groups merge into.
 WIDTH = 32
+#: Below this many channels a tap is narrower than a load: taps and channels become one axis of the GEMM.
+_FLAT_BELOW = 16
 
 
 class Blocking(NamedTuple):
@@ -23,9 +27,24 @@ class Blocking(NamedTuple):
     group_c: int  # channels of one group
     group_k: int
 
+    def constants(self, divides: bool) -> dict[str, int]:
+        """The constants that kernels are compiled for; a group's own sizes only where one ``divides`` by them."""
+        return {
+            "GROUPED": self.count > 1,
+            "MERGE": self.merge,
+            "GROUP_C": self.group_c if divides else 0,
+            "GROUP_K": self.group_k if divides else 0,
+        }
 
-def blocking(channels_in: int, channels_out: int, groups: int) -> Blocking:
+
+def is_flat(problem: ConvProblem) -> bool:
+    """Whether taps and channels are one axis of the GEMM."""
+    return problem.groups == 1 and problem.C < _FLAT_BELOW and problem.R * problem.S > 1
+
+
+def blocking(problem: ConvProblem) -> Blocking:
     """Merge as many groups as fit into ``WIDTH`` channels, on the wider side of the conv."""
-    group_c, group_k = channels_in // groups, channels_out // groups
+    groups = problem.groups
+    group_c, group_k = problem.C // groups, problem.K // groups
     merge = max(1, min(groups, WIDTH // max(group_c, group_k, 1)))
     return Blocking(-(-groups // merge), merge * group_c, merge * group_k, merge, group_c, group_k)

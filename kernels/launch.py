@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from fusedres.kernels.configs import Tile
 from torch import Tensor
 
+from fusedres.kernels.configs import Tile
 from fusedres.problem import ConvProblem
 
 #: Pixel indices are 32 bits wide; element offsets are 64 wherever a tensor needs it.
@@ -62,6 +62,11 @@ def is_wide(*operands: Tensor | None) -> bool:
     return any(t is not None and t.numel() >= 2**31 for t in operands)
 
 
+def contiguous(vector: Tensor | None) -> Tensor | None:
+    """A per-channel tensor dense, as kernels read it; nothing stays nothing."""
+    return None if vector is None else vector.contiguous()
+
+
 def check_operands(like: Tensor, **expected: tuple[Tensor | None, Sequence[int], torch.dtype]) -> None:
     """RuntimeError unless every given operand has the shape and dtype the op's contract states, on one device."""
     if like.dtype not in _DTYPES:
@@ -77,8 +82,9 @@ def check_operands(like: Tensor, **expected: tuple[Tensor | None, Sequence[int],
             raise RuntimeError(f"{name} is on {operand.device}, the activations on {like.device}")
 
 
-def check_pixels(count: int) -> None:
+def check_pixels(problem: ConvProblem) -> None:
     """RuntimeError for more pixels than a 32-bit index can count."""
+    count = max(problem.gemm_m, problem.N * problem.H * problem.W)
     if count > MAX_PIXELS:
         raise RuntimeError(f"{count} pixels are more than the {MAX_PIXELS} that the kernels can index")
 

@@ -13,18 +13,17 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fusedres.kernels.epilogue import drelu
 from fusedres.kernels.launch import run
 from fusedres.kernels.prologue import bn_relu, bn_scale_shift, dbn, dbn_constant, dbn_factors
-from fusedres.kernels.sums import ROWS, merge_sums, new_partials
+from fusedres.kernels.sums import PROGRAMS, ROWS, merge_sums, new_partials
 from fusedres.kernels.tile import cast
-from torch import Tensor
-
 from fusedres.layout import channels_last, new_activation
 from fusedres.problem import out_size
 
 WARPS = 4
-_PROGRAMS = 1024
 
 
 def tile_shape(width: int, c: int) -> tuple[int, int]:
@@ -241,7 +240,7 @@ def bn_relu_maxpool_backward(
     n, c, h, w = z.shape
     dz, (p, q), lines = new_activation(z, z.shape), dy.shape[2:], n * h
     pool = {"KERNEL": kernel_size, "STRIDE": stride, "PADDING": padding}
-    (block_q, block_c), each = tile_shape(w, c), max(triton.cdiv(lines, _PROGRAMS), 1)
+    (block_q, block_c), each = tile_shape(w, c), max(triton.cdiv(lines, PROGRAMS), 1)
     tile = {"BLOCK_Q": block_q, "BLOCK_C": block_c, "num_warps": WARPS}
     column_blocks, channel_blocks = triton.cdiv(w, block_q), triton.cdiv(c, block_c)
     partials = new_partials(z, lines, c, each)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from fusedres.kernels.tile import cast
 
 #: What forms ``dz``: the gradient as it is, ``a*g`` (BN's statistics are constants), or ``a*g + b*(z - mean) + c``.

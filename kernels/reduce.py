@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fusedres.kernels.epilogue import merge_rows, merge_statistics
 from fusedres.kernels.launch import run
 from fusedres.kernels.tile import cast
-from torch import Tensor
-
 from fusedres.layout import STAT_ROWS
 
 #: Parts that one program merges. More parts take several launches, each with enough programs to fill a GPU.

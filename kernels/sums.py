@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from fusedres.kernels.launch import run
 from torch import Tensor
 
+from fusedres.kernels.launch import run
 from fusedres.layout import SUM_ROWS, acc_dtype
 
 ROWS = tl.constexpr(3)
-_PROGRAMS = 1024  # about what the largest GPU here keeps in flight at 8 blocks of 4 warps an SM
+PROGRAMS = 1024  # about what the largest GPU here keeps in flight at 8 blocks of 4 warps an SM
 _BLOCK_C = 32
 _BLOCK_P = 32
 
 
 def rows_each(m: int, c: int, block_m: int, block_c: int) -> int:
     """How many of ``m`` rows each program sums: whole tiles, few enough programs that their partials stay small."""
-    programs = max(_PROGRAMS // triton.cdiv(c, block_c), 1)
+    programs = max(PROGRAMS // triton.cdiv(c, block_c), 1)
     return triton.cdiv(triton.cdiv(m, programs), block_m) * block_m
 
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fusedres.kernels.launch import run
 from fusedres.kernels.prologue import activate, bn_scale_shift, gradient_form, gradient_vectors, load_gradient, relu
 from fusedres.kernels.sums import merge_sums, new_partials, rows_each
 from fusedres.kernels.tile import cast
-from torch import Tensor
-
 from fusedres.layout import channels_last, new_activation
 
 WARPS = 4

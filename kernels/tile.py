@@ -51,6 +51,19 @@ def tile_of(program, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 
 @triton.jit
+def channels_of(tile, width, count, GROUPED: tl.constexpr, BLOCK: tl.constexpr):
+    """(group, channels inside it, channels, which exist) of a tile; tiles count groups of ``width`` one by one."""
+    group = 0
+    if GROUPED:
+        tiles = tl.cdiv(width, BLOCK)
+        group = tile // tiles
+        tile = tile % tiles
+    inside = tile * BLOCK + tl.arange(0, BLOCK)
+    channels = group * width + inside
+    return group, inside, channels, (inside < width) & (channels < count)
+
+
+@triton.jit
 def row_offset(row, pitch, WIDE: tl.constexpr):
     """``row * pitch`` elements, in 64 bits where the tensor has 2**31 elements or more."""
     if WIDE:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from conv_cases import NETWORK_PROBLEMS, assert_matches, dgrad_args, label, results
-from fusedres.kernels.conv_dgrad import conv_dgrad
 from op_samples import Operands, samples_of
 
+from fusedres.kernels.conv_dgrad import conv_dgrad
 from fusedres.problem import ConvProblem
 
 RAGGED = ConvProblem(3, 18, 6, 7, 21, 3, 3, stride=(2, 2), padding=(1, 1))

@@ -7,9 +7,9 @@ import itertools
 import pytest
 import torch
 from conv_cases import NETWORK_PROBLEMS, assert_matches, fprop_args, label, results
-from fusedres.kernels.conv_fprop import conv_fprop
 from op_samples import Operands, samples_of
 
+from fusedres.kernels.conv_fprop import conv_fprop
 from fusedres.problem import ConvProblem
 
 RAGGED = ConvProblem(3, 18, 6, 7, 21, 3, 3, padding=(1, 1))

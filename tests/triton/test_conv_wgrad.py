@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from conv_cases import NETWORK_PROBLEMS, assert_matches, label, results, wgrad_args
-from fusedres.kernels.conv_wgrad import chunk_of, conv_wgrad
 from op_samples import Operands, samples_of
 
+from fusedres.kernels.conv_wgrad import chunk_of, conv_wgrad
 from fusedres.problem import ConvProblem
 
 RAGGED = ConvProblem(3, 18, 6, 7, 21, 3, 3, padding=(1, 1))

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from fusedres.kernels import aot, configs
 from fusedres.kernels.aot import PROBLEMS, Plan, build_of, plans
 from fusedres.kernels.bn_finalize import bn_constants, bn_finalize, bn_fold
@@ -18,7 +20,6 @@ from fusedres.kernels.cubin import MULTIPROCESSORS, usage
 from fusedres.kernels.launch import Launch, recording
 from fusedres.kernels.pool import bn_relu_maxpool, bn_relu_maxpool_backward
 from fusedres.kernels.tails import dbn, drelu_dbn, scale_shift_add_relu
-from torch import Tensor
 
 MACHINES = tuple(MULTIPROCESSORS)
 FORMS = {"train+prologue", "eval+residual", "residual", "drelu", "prologue"}
