@@ -1,9 +1,10 @@
-"""Eval without gradients: BN folded into the convs, kept for as long as the parameters stay what they were.
+"""Eval without gradients: constant BN joins the convs, and follows every change of the parameters.
 
-A folded chain is remembered per module and checked at every use: by identity and version counter of every tensor it
-came from, and by a fingerprint of every byte, for writes through ``.data`` move no counter. The native library reads
-them at memory speed; what cannot be checked so (parameters on a GPU) is folded anew at every call. ``freeze`` does
-without the fingerprint, on every device.
+Where the engine can, a chain reads its parameters at every call and nothing is kept that could go stale. Else BN is
+folded into the weights, and the folded chain is remembered per module and checked at every use: by identity and version
+counter of every tensor it came from, and by a fingerprint of every byte, for writes through ``.data`` move no counter.
+The native library reads them at memory speed; what cannot be checked so (parameters on a GPU) is folded anew at every
+call. ``freeze`` lets every engine keep folded weights, and does without the fingerprint.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedres import autocast, dispatch, native, ops
-from fusedres.engines import FoldedChain, FoldedConv, FoldedRun
+from fusedres.engines import ConvT, Engine, EvalChain, EvalRun, FoldedConv, LiveConv
 from fusedres.guards import Guard, all_hold
 from fusedres.layout import acc_dtype
 from fusedres.specs import ChainSpec, UnitSpec
@@ -27,11 +28,15 @@ if TYPE_CHECKING:
 
 
 class _Entry(NamedTuple):
-    """A folded chain, the call it serves, and what its tensors were (``_state``)."""
+    """A chain made to run, the call it serves, and what its tensors were (``_state``); no state where they are read."""
 
     key: tuple[Any, ...]
     state: tuple[Any, ...] | None
-    run: FoldedRun
+    run: EvalRun
+
+    def follows(self, conv: nn.Module, tensors: list[Tensor]) -> bool:
+        """Whether the chain that begins with ``conv`` computes by what these tensors hold now."""
+        return self.state is None or self.state == _state(conv, tensors)
 
 
 class _Call(NamedTuple):
@@ -66,20 +71,22 @@ _frozen: WeakSet[nn.Module] = WeakSet()
 
 
 def freeze(model: nn.Module) -> nn.Module:
-    """Declare the parameters of ``model`` final, and return it: eval then reads each weight once a call, not twice.
+    """Declare the parameters of ``model`` final, and return it: eval then folds and packs its weights once.
 
     Folded weights still follow every change that moves a version counter (optimizers, ``copy_``, ``load_state_dict``,
     moves to another dtype). Unseen are only writes that bypass it: through ``.data``, NumPy or another process. Copies
     of the model are not frozen.
     """
-    _frozen.update(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    _frozen.update(convs)
+    for conv in convs:
+        _recalled.pop(conv, None)
     return model
 
 
 def serves(spec: ChainSpec, x: Tensor, residual: Tensor | None, pairs: Sequence[ConvBN]) -> bool:
     """Whether the chain may run folded: every BN is constant and nobody needs a gradient."""
-    units = (*spec.units, *([spec.projection] if spec.projection else []))
-    if any(unit.batch_stats for unit in units):
+    if any(unit.batch_stats for unit in _units(spec)):
         return False
     if not torch.is_grad_enabled():
         return True
@@ -103,6 +110,10 @@ def run(spec: ChainSpec, x: Tensor, residual: Tensor | None, pairs: Sequence[Con
         return _run_ops(_fold(spec, pairs, x.dtype), x, residual)
     conv = pairs[0].conv
     key = spec, x.shape, x.dtype, x.device
+    live = None if conv in _frozen else _engine(x).compile_live(_live(spec, pairs), x.dtype)
+    if live is not None:
+        _entries[conv] = _Entry(key, None, live)
+        return live(x, residual)
     state = _state(conv, _tensors(pairs))
     entry = _entries.get(conv)
     if entry is None or state is None or entry.key != key or entry.state != state:
@@ -129,7 +140,7 @@ def recall(
         or type(x) is not Tensor
         or not x.is_contiguous(memory_format=torch.channels_last)
         or not all_hold(last.guards, _modules(pairs, shortcut, activations))
-        or last.entry.state != _state(pairs[0].conv, last.tensors)
+        or not last.entry.follows(pairs[0].conv, last.tensors)
     ):
         return None
     return last.entry.run(x, None)
@@ -178,11 +189,28 @@ def _state(conv: nn.Module, tensors: list[Tensor]) -> tuple[Any, ...] | None:
     return identity, torch.ops.fusedres_cpu.fingerprint(tensors).item()
 
 
-def _fold(spec: ChainSpec, pairs: Sequence[ConvBN], dtype: torch.dtype) -> FoldedChain:
-    units = (*spec.units, *([spec.projection] if spec.projection else []))
-    folded = [_fold_conv(unit, pair, dtype) for unit, pair in zip(units, pairs, strict=True)]
-    projection = folded.pop() if spec.projection else None
-    return FoldedChain(tuple(folded), projection, spec.residual == "input", spec.relu)
+def _chain(spec: ChainSpec, convs: list[ConvT]) -> EvalChain[ConvT]:
+    projection = convs.pop() if spec.projection else None
+    return EvalChain(tuple(convs), projection, spec.residual == "input", spec.relu)
+
+
+def _units(spec: ChainSpec) -> tuple[UnitSpec, ...]:
+    """A projection's last, as the pairs are."""
+    return spec.units if spec.projection is None else (*spec.units, spec.projection)
+
+
+def _live(spec: ChainSpec, pairs: Sequence[ConvBN]) -> EvalChain[LiveConv]:
+    return _chain(spec, [_live_conv(unit, pair) for unit, pair in zip(_units(spec), pairs, strict=True)])
+
+
+def _live_conv(unit: UnitSpec, pair: ConvBN) -> LiveConv:
+    conv, bn = pair
+    vectors = conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var
+    return LiveConv(conv.weight, *vectors, unit.eps, *unit.conv)
+
+
+def _fold(spec: ChainSpec, pairs: Sequence[ConvBN], dtype: torch.dtype) -> EvalChain[FoldedConv]:
+    return _chain(spec, [_fold_conv(unit, pair, dtype) for unit, pair in zip(_units(spec), pairs, strict=True)])
 
 
 def _fold_conv(unit: UnitSpec, pair: ConvBN, dtype: torch.dtype) -> FoldedConv:
@@ -195,12 +223,15 @@ def _fold_conv(unit: UnitSpec, pair: ConvBN, dtype: torch.dtype) -> FoldedConv:
     return FoldedConv(w.to(dtype), folded_bias.to(dtype), *unit.conv)
 
 
-def _compile(chain: FoldedChain, x: Tensor) -> FoldedRun:
-    engine = dispatch.choose("conv_fprop", x.device.type, x.dtype).engine
-    return engine.compile_folded(chain, x.shape) or (lambda x, residual: _run_ops(chain, x, residual))
+def _engine(x: Tensor) -> Engine:
+    return dispatch.choose("conv_fprop", x.device.type, x.dtype).engine
 
 
-def _run_ops(chain: FoldedChain, x: Tensor, residual: Tensor | None) -> Tensor:
+def _compile(chain: EvalChain[FoldedConv], x: Tensor) -> EvalRun:
+    return _engine(x).compile_folded(chain, x.shape) or (lambda x, residual: _run_ops(chain, x, residual))
+
+
+def _run_ops(chain: EvalChain[FoldedConv], x: Tensor, residual: Tensor | None) -> Tensor:
     """One ``conv_fprop`` a conv, bias, shortcut and ReLU in its epilogue."""
     if chain.projection is not None:
         residual = _run_conv(chain.projection, x, None, False)

@@ -34,9 +34,11 @@ _SCHEMAS = (
     # dx of the output's gradient dz, plus `residual` on every residual_stride-th row and column; as conv_fprop.
     "conv_dgrad(Tensor dz, Tensor w, int[2] input_size, int[2] stride, int[2] padding, int[2] dilation,"
     " Tensor? residual, int[2] residual_stride) -> Tensor",
-    # A FoldedChain (fusedres/engines), a projection's conv last; geometry: stride, padding and dilation of each conv.
-    "folded_chain(Tensor x, Tensor? residual, Tensor[] weights, Tensor[] packed, Tensor[] biases, int[] geometry,"
-    " bool identity, bool projection, bool relu) -> Tensor",
+    # A chain with constant BN (fusedres/engines), a projection's conv last. vectors: conv bias, BN weight and bias,
+    # running mean and variance of each conv, without elements where there is none; eps (convs,) float64; packed: none,
+    # or each weight's; geometry: stride, padding and dilation of each conv.
+    "eval_chain(Tensor x, Tensor? residual, Tensor[] weights, Tensor[] packed, Tensor[] vectors, Tensor eps,"
+    " int[] geometry, bool identity, bool projection, bool relu) -> Tensor",
     # As fusedres::conv_wgrad, groups 1; dw is (K, C, R, S) channels_last.
     "conv_wgrad(Tensor g, Tensor? z, Tensor? bn, Tensor? sums, float inv_count, Tensor x, Tensor? in_bn,"
     " int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation) -> Tensor",

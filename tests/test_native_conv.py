@@ -145,23 +145,28 @@ def test_bad_input_raises_and_names_what_is_wrong(message, change):
         kernels.conv_fprop(*(good | change).values(), True)
 
 
+@pytest.mark.parametrize("is_packed", [True, False])
 @pytest.mark.parametrize("n", [1, 2, 3, 9])
 @pytest.mark.parametrize("shortcut", ["none", "identity", "tensor", "projection"])
-def test_a_folded_chain_is_its_convs_one_by_one(n, shortcut):
+def test_a_chain_is_its_convs_and_batch_norms_one_by_one(n, shortcut, is_packed):
     torch.manual_seed(0)
     x = torch.randn(n, 16, 26, 25).contiguous(memory_format=CL)  # large enough to go image by image
     weights = [torch.randn(8, 16, 1, 1), torch.randn(8, 8, 3, 3), torch.randn(16, 8, 1, 1)]
     if shortcut == "projection":
         weights.append(torch.randn(16, 16, 1, 1))
-    biases = [torch.randn(w.shape[0]) for w in weights]
+    biases, *bn = [[torch.randn(w.shape[0]) for w in weights] for _ in range(5)]
+    bn[3] = [v.exp() for v in bn[3]]
+    eps = [0.1, 1e-5, 1e-3, 1e-2][: len(weights)]
+    biases[1] = bn[0][2] = bn[1][0] = torch.empty(0)  # no conv bias, BN weight, BN bias
     geometry = [(1, 1, 0, 0, 1, 1), (1, 1, 1, 1, 1, 1), (1, 1, 0, 0, 1, 1), (1, 1, 0, 0, 1, 1)][: len(weights)]
     given = torch.randn_like(x) if shortcut == "tensor" else None
-    y = kernels.folded_chain(
+    y = kernels.eval_chain(
         x,
         given,
         weights,
-        [kernels.conv_pack(w) for w in weights],
-        biases,
+        [kernels.conv_pack(w) for w in weights] if is_packed else [],
+        [vector for of_conv in zip(biases, *bn, strict=True) for vector in of_conv],
+        torch.tensor(eps, dtype=torch.float64),
         [size for sizes in geometry for size in sizes],
         shortcut == "identity",
         shortcut == "projection",
@@ -169,7 +174,9 @@ def test_a_folded_chain_is_its_convs_one_by_one(n, shortcut):
     )
 
     def conv(i, a):
-        return F.conv2d(a, weights[i].double(), biases[i].double(), padding=weights[i].shape[-1] // 2)
+        bias, weight, shift, mean, var = (v[i].double() if v[i].numel() else None for v in (biases, *bn))
+        z = F.conv2d(a, weights[i].double(), bias, padding=weights[i].shape[-1] // 2)
+        return F.batch_norm(z, mean, var, weight, shift, eps=eps[i])
 
     a = conv(2, conv(1, conv(0, x.double()).relu()).relu())
     expected = {"none": 0, "identity": x, "tensor": given}.get(shortcut)
@@ -177,12 +184,13 @@ def test_a_folded_chain_is_its_convs_one_by_one(n, shortcut):
     torch.testing.assert_close(y.double(), a.relu(), rtol=1e-4, atol=1e-3)
 
 
-def test_a_folded_chain_refuses_half_dtypes_however_large_its_maps():
+def test_a_chain_refuses_half_dtypes_however_large_its_maps():
     x = torch.zeros(2, 16, 26, 25, dtype=torch.bfloat16).contiguous(memory_format=CL)
     w, bias = torch.zeros(16, 16, 1, 1, dtype=torch.bfloat16), torch.zeros(16, dtype=torch.bfloat16)
     packed, geometry = torch.zeros(256, dtype=torch.bfloat16), [1, 1, 0, 0, 1, 1]
+    eps = torch.zeros(2, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="float32 or float64"):
-        kernels.folded_chain(x, None, [w] * 2, [packed] * 2, [bias] * 2, geometry * 2, True, False, True)
+        kernels.eval_chain(x, None, [w] * 2, [packed] * 2, [bias] * 10, eps, geometry * 2, True, False, True)
 
 
 def test_activations_reuse_the_memory_of_those_that_died():

@@ -26,6 +26,8 @@ Tensor pad_columns(const T* x, const Conv& conv, ScalarType dtype) {
   return padded;
 }
 
+WeightStrides fprop_strides(const Tensor& w) { return {w.stride(0), w.stride(2), w.stride(3), w.stride(1), w.size(1)}; }
+
 template <typename T>
 Tensor packed_weight(const ConvPlan& plan, const Tensor& w, const WeightStrides& strides) {
   const Tensor packed = new_tensor({plan.packed_elements()}, w.scalar_type());
@@ -33,22 +35,64 @@ Tensor packed_weight(const ConvPlan& plan, const Tensor& w, const WeightStrides&
   return packed;
 }
 
+Tensor checked_packed(const ConvPlan& plan, const Tensor& packed, ScalarType dtype) {
+  check_tensor(packed, "packed", dtype, {plan.packed_elements()});
+  return packed;
+}
+
+// The order of a packed weight does not depend on the input's size.
 template <typename T>
-Tensor packed_for_fprop(const ConvPlan& plan, const Tensor& w) {
-  return packed_weight<T>(plan, w, {w.stride(0), w.stride(2), w.stride(3), w.stride(1), w.size(1)});
+ConvPlan packing_plan(const Tensor& w) {
+  const auto axis = [](int64_t kernel) { return check_axis(kernel, kernel, 1, 0, 1); };
+  return fprop_plan<T>({1, w.size(1), w.size(0), {axis(w.size(2)), axis(w.size(3))}}, 1);
+}
+
+// Scale and shift of each channel, or neither.
+template <typename T>
+struct Affine {
+  const T *scale, *shift;
+};
+
+template <typename T>
+Tensor fprop(const Tensor& x, const Conv& conv, const ConvPlan& plan, const Tensor& packed, Affine<T> affine,
+             const MaybeTensor& residual, bool relu) {
+  const ScalarType dtype = x.scalar_type();
+  const Tensor y = new_activation(conv.output(), dtype);
+  if (residual) check_like(*residual, "residual", y, "the output");
+  const Tensor input = merges_columns(conv) ? pad_columns(const_data<T>(x), conv, dtype) : x;
+  ConvOperands<T> operands{const_data<T>(input), const_data<T>(packed), mutable_data<T>(y)};
+  operands.scale = affine.scale;
+  operands.bias = affine.shift;
+  operands.residual = const_data<T>(residual);
+  operands.relu = relu;
+  run(plan, operands);
+  return y;
 }
 
 }  // namespace
 
+template <typename T>
+int64_t packed_elements(const Tensor& w) {
+  return packing_plan<T>(w).packed_elements();
+}
+template int64_t packed_elements<float>(const Tensor&);
+template int64_t packed_elements<double>(const Tensor&);
+
+template <typename T>
+Tensor panels(const ConvPlan& plan, const EvalWeight& weight) {
+  if (weight.packed) return checked_packed(plan, *weight.packed, weight.w.scalar_type());
+  pack_weight(plan, const_data<T>(weight.w), fprop_strides(weight.w), mutable_data<T>(*weight.scratch));
+  return *weight.scratch;
+}
+template Tensor panels<float>(const ConvPlan&, const EvalWeight&);
+template Tensor panels<double>(const ConvPlan&, const EvalWeight&);
+
 Tensor conv_pack(const Tensor& w) {
   check_weight(w);
-  // The order of a packed weight does not depend on the input's size.
-  const auto axis = [](int64_t kernel) { return check_axis(kernel, kernel, 1, 0, 1); };
   Tensor packed = w;
   for_conv_dtype(w.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    const ConvPlan plan = fprop_plan<T>({1, w.size(1), w.size(0), {axis(w.size(2)), axis(w.size(3))}}, 1);
-    packed = packed_for_fprop<T>(plan, w);
+    packed = packed_weight<T>(packing_plan<T>(w), w, fprop_strides(w));
   });
   return packed;
 }
@@ -58,20 +102,29 @@ Tensor conv_fprop(const Tensor& x, const Tensor& w, const MaybeTensor& packed, c
                   const std::vector<int64_t>& dilation, bool relu) {
   const ScalarType dtype = x.scalar_type();
   const Conv conv = check_conv(w, check_activation(x, "x"), dtype, stride, padding, dilation);
-  const Tensor y = new_activation(conv.output(), dtype);
   if (bias) check_tensor(*bias, "bias", dtype, {conv.K});
-  if (residual) check_like(*residual, "residual", y, "the output");
+  Tensor y = x;
   for_conv_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     const ConvPlan plan = fprop_plan<T>(conv, torch::stable::get_num_threads());
-    if (packed) check_tensor(*packed, "packed", dtype, {plan.packed_elements()});
-    const Tensor weight = packed ? *packed : packed_for_fprop<T>(plan, w);
-    const Tensor input = merges_columns(conv) ? pad_columns(const_data<T>(x), conv, dtype) : x;
-    ConvOperands<T> operands{const_data<T>(input), const_data<T>(weight), mutable_data<T>(y)};
-    operands.bias = const_data<T>(bias);
-    operands.residual = const_data<T>(residual);
-    operands.relu = relu;
-    run(plan, operands);
+    const Tensor weight = packed ? checked_packed(plan, *packed, dtype) : packed_weight<T>(plan, w, fprop_strides(w));
+    y = fprop<T>(x, conv, plan, weight, {nullptr, const_data<T>(bias)}, residual, relu);
+  });
+  return y;
+}
+
+Tensor conv_affine(const Tensor& x, const EvalWeight& weight, const Tensor& affine, const MaybeTensor& residual,
+                   const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                   const std::vector<int64_t>& dilation, bool relu) {
+  const ScalarType dtype = x.scalar_type();
+  const Conv conv = check_conv(weight.w, check_activation(x, "x"), dtype, stride, padding, dilation);
+  check_tensor(affine, "affine", dtype, {2, conv.K});
+  Tensor y = x;
+  for_conv_dtype(dtype, [&](auto element) {
+    using T = decltype(element);
+    const ConvPlan plan = fprop_plan<T>(conv, torch::stable::get_num_threads());
+    const T* const scale = const_data<T>(affine);
+    y = fprop<T>(x, conv, plan, panels<T>(plan, weight), {scale, scale + conv.K}, residual, relu);
   });
   return y;
 }

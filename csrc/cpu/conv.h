@@ -1,6 +1,7 @@
 // Convolutions of float32 and float64, groups 1 (fusedres/native.py).
 #pragma once
 
+#include "cpu/conv_plan.h"
 #include "cpu/ops.h"
 
 namespace fusedres::cpu {
@@ -16,8 +17,27 @@ Tensor conv_dgrad(const Tensor& dz, const Tensor& w, const std::vector<int64_t>&
                   const std::vector<int64_t>& dilation, const MaybeTensor& residual,
                   const std::vector<int64_t>& residual_stride);
 
-Tensor folded_chain(const Tensor& x, const MaybeTensor& residual, const std::vector<Tensor>& weights,
-                    const std::vector<Tensor>& packed, const std::vector<Tensor>& biases,
-                    const std::vector<int64_t>& geometry, bool identity, bool projection, bool relu);
+Tensor eval_chain(const Tensor& x, const MaybeTensor& residual, const std::vector<Tensor>& weights,
+                  const std::vector<Tensor>& packed, const std::vector<Tensor>& vectors, const Tensor& eps,
+                  const std::vector<int64_t>& geometry, bool identity, bool projection, bool relu);
+
+// A weight and, where it is packed already, its panels; else these are written to `scratch`, which must be large
+// enough.
+struct EvalWeight {
+  const Tensor& w;
+  MaybeTensor packed, scratch;
+};
+
+// Elements of the panels of `w`. Float32 and float64.
+template <typename T>
+int64_t packed_elements(const Tensor& w);
+
+template <typename T>
+Tensor panels(const ConvPlan& plan, const EvalWeight& weight);
+
+// act(scale*conv(x, w) + shift + residual), affine (2, K): scale and shift.
+Tensor conv_affine(const Tensor& x, const EvalWeight& weight, const Tensor& affine, const MaybeTensor& residual,
+                   const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                   const std::vector<int64_t>& dilation, bool relu);
 
 }  // namespace fusedres::cpu

@@ -60,14 +60,15 @@ ConvMicroTile<T> conv_micro_tile_of(int64_t pixels) {
   return conv_micro_tile<T, kPixels>;
 }
 
-// Bias, residual and ReLU on a finished micro-tile, and its way to y.
+// Scale, bias, residual and ReLU on a finished micro-tile, and its way to y.
 template <typename T>
 void conv_write_tile(const ConvOperands<T>& operands, const int64_t* outputs, const T* const* residual, int64_t pixels,
                      int64_t channel, int64_t channels, const T* sums) {
   for_each_vector<T>(channels, [&](auto lanes, int64_t c) {
+    const Vec<T> scale = operands.scale == nullptr ? broadcast(T{1}) : lanes.load(operands.scale + channel + c);
     const Vec<T> bias = operands.bias == nullptr ? Vec<T>{} : lanes.load(operands.bias + channel + c);
     for (int64_t i = 0; i < pixels; ++i) {
-      Vec<T> value = load(sums + i * kConvChannels<T> + c) + bias;
+      Vec<T> value = scale * load(sums + i * kConvChannels<T> + c) + bias;
       if (residual[i] != nullptr) value += lanes.load(residual[i] + channel + c);
       lanes.store(operands.y + outputs[i] + channel + c, operands.relu ? relu(value) : value);
     }

@@ -5,13 +5,14 @@
 
 namespace fusedres::cpu {
 
-// x (N, in_h, in_w, in_pixel); packed: panels of the weight; y (N, out_h, out_w, K) = act(sum + bias + residual).
+// x (N, in_h, in_w, in_pixel); packed: panels of the weight; y (N, out_h, out_w, K) =
+// act(scale*sum + bias + residual).
 template <typename T>
 struct ConvOperands {
   const T* x;
   const T* packed;
   T* y;
-  const T* bias = nullptr;  // (K,)
+  const T *scale = nullptr, *bias = nullptr;  // (K,) or one and zero
   // Lies on every residual_h-th row and residual_w-th column of y.
   const T* residual = nullptr;
   int64_t residual_h = 1, residual_w = 1;

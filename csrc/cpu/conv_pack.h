@@ -11,6 +11,14 @@ struct WeightStrides {
   int64_t K, R, S, C, channels;
 };
 
+// What one output channel has at each place of a panel: the rows of a panel, and where they are in memory.
+struct PanelRows {
+  PanelRows(const ConvPlan& plan, const WeightStrides& strides);
+
+  std::vector<int64_t> offsets;  // (taps * depth,) of each row
+  std::vector<int64_t> rows;     // the row at each offset, where one channel's weights lie side by side; else empty
+};
+
 // Fills `packed` (plan.packed_elements()); lanes past the last output channel are zero.
 template <typename T>
 void pack_weight(const ConvPlan& plan, const T* w, const WeightStrides& strides, T* packed);

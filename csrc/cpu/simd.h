@@ -177,6 +177,65 @@ struct SomeLanes {
   }
 };
 
+// The elements at `kIndex` of a and b in a row, where those of b follow those of a.
+template <int... kIndex, typename V>
+FUSEDRES_INLINE V shuffle(V a, V b) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, kIndex...);
+#else
+  typedef std::conditional_t<sizeof(a[0]) == 8, int64_t, int32_t> Index __attribute__((vector_size(sizeof(V))));
+  return __builtin_shuffle(a, b, Index{kIndex...});
+#endif
+}
+
+// Of two vectors the first (kHigh 0) or second (1) halves, taking turns: elements within each 16 bytes, or 16 bytes.
+template <int kHigh, typename V, int... kLane>
+FUSEDRES_INLINE V interleave_elements(V a, V b, std::integer_sequence<int, kLane...>) {
+  constexpr int kEach = 16 / sizeof(a[0]), kCount = sizeof...(kLane);
+  return shuffle<(kLane % 2 * kCount + kLane / kEach * kEach + kLane % kEach / 2 + kHigh * kEach / 2)...>(a, b);
+}
+
+template <int kHigh, typename V, int... kLane>
+FUSEDRES_INLINE V interleave_sixteens(V a, V b, std::integer_sequence<int, kLane...>) {
+  constexpr int kEach = 16 / sizeof(a[0]), kCount = sizeof...(kLane);
+  return shuffle<(kLane / kEach % 2 * kCount + kLane / kEach / 2 * kEach + kHigh * kCount / 2 + kLane % kEach)...>(a,
+                                                                                                                   b);
+}
+
+// Turns kLanes<T> rows into columns: rows[i][j] -> rows[j][i]. A perfect shuffle of 2^n rows, n times, transposes them:
+// first inside every 16 bytes of each group of rows that fill 16 bytes, then the 16 bytes of the groups. These are the
+// shuffles that cost one instruction each.
+template <typename T>
+FUSEDRES_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
+  constexpr int kCount = kLanes<T>, kEach = 16 / sizeof(T), kGroups = kCount / kEach;
+  constexpr std::make_integer_sequence<int, kCount> kAll{};
+  Vec<T> turned[kCount];
+#pragma GCC unroll 4
+  for (int size = 1; size < kEach; size *= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount / 2; ++i) {
+      const int first = i / (kEach / 2) * kEach, at = i % (kEach / 2);
+      turned[first + 2 * at] = interleave_elements<0>(rows[first + at], rows[first + at + kEach / 2], kAll);
+      turned[first + 2 * at + 1] = interleave_elements<1>(rows[first + at], rows[first + at + kEach / 2], kAll);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kCount; ++i) rows[i] = turned[i];
+  }
+  if constexpr (kGroups > 1) {
+#pragma GCC unroll 4
+    for (int size = 1; size < kGroups; size *= 2) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kCount / 2; ++i) {
+        const int group = i / kEach, at = i % kEach;
+        turned[2 * group * kEach + at] = interleave_sixteens<0>(rows[i], rows[i + kCount / 2], kAll);
+        turned[(2 * group + 1) * kEach + at] = interleave_sixteens<1>(rows[i], rows[i + kCount / 2], kAll);
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < kCount; ++i) rows[i] = turned[i];
+    }
+  }
+}
+
 // body(lanes, channel) for the vectors of one row of `channels` elements.
 template <typename T, typename Body>
 FUSEDRES_INLINE void for_each_vector(int64_t channels, const Body& body) {

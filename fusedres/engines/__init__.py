@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from fusedres.problem import Pair
 
-#: ``run(x, residual) -> y`` of a folded chain; ``residual`` is None unless the chain wants a tensor.
-FoldedRun = Callable[[Tensor, Tensor | None], Tensor]
+#: ``run(x, residual) -> y`` of a chain in eval; ``residual`` is None unless the chain wants a tensor.
+EvalRun = Callable[[Tensor, Tensor | None], Tensor]
+
+
+class LiveConv(NamedTuple):
+    """A conv, w (K, C/groups, R, S), and its constant BN as the modules hold them; vectors (K,), None where absent."""
+
+    w: Tensor
+    conv_bias: Tensor | None
+    gamma: Tensor | None
+    beta: Tensor | None
+    mean: Tensor
+    var: Tensor
+    eps: float
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    groups: int
 
 
 class FoldedConv(NamedTuple):
@@ -25,16 +42,25 @@ class FoldedConv(NamedTuple):
     groups: int
 
 
-class FoldedChain(NamedTuple):
+ConvT = TypeVar("ConvT", LiveConv, FoldedConv)
+
+
+@dataclass(frozen=True)
+class EvalChain(Generic[ConvT]):
     """A chain in eval: convs each followed by ReLU; before the last one's, the shortcut is added.
 
     ``identity``: the shortcut is the chain's input; ``projection``: it is this conv of the input; else it is given.
     """
 
-    convs: tuple[FoldedConv, ...]
-    projection: FoldedConv | None
+    convs: tuple[ConvT, ...]
+    projection: ConvT | None
     identity: bool
     relu: bool
+
+    @property
+    def all_convs(self) -> tuple[ConvT, ...]:
+        """A projection's last."""
+        return self.convs + (() if self.projection is None else (self.projection,))
 
 
 class Engine:
@@ -56,7 +82,14 @@ class Engine:
         """Why this engine serves tensors of this device only where it was asked for by name, or None."""
         return None
 
-    def compile_folded(self, chain: FoldedChain, x_shape: torch.Size) -> FoldedRun | None:
+    def compile_live(self, chain: EvalChain[LiveConv], dtype: torch.dtype) -> EvalRun | None:
+        """A way to run ``chain`` on inputs of ``dtype`` that reads every parameter at every call, or None.
+
+        So nothing can go stale.
+        """
+        return None
+
+    def compile_folded(self, chain: EvalChain[FoldedConv], x_shape: torch.Size) -> EvalRun | None:
         """A faster way to run ``chain`` on inputs of ``x_shape`` than one ``conv_fprop`` a conv, or None."""
         return None
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedres import native, reference
-from fusedres.engines import Engine, FoldedChain, FoldedConv, FoldedRun
+from fusedres.engines import Engine, EvalChain, EvalRun, FoldedConv, LiveConv
 from fusedres.engines.onednn import PackedChain, onednn_conv, onednn_reason
 from fusedres.layout import acc_dtype, channels_last, new_activation
 from fusedres.problem import as_pair
@@ -53,10 +53,19 @@ class CPUEngine(Engine):
     bn_relu_maxpool = staticmethod(kernels.bn_relu_maxpool)
     bn_relu_maxpool_backward = staticmethod(kernels.bn_relu_maxpool_backward)
 
-    def compile_folded(self, chain: FoldedChain, x_shape: torch.Size) -> FoldedRun | None:
-        convs = (*chain.convs, *((chain.projection,) if chain.projection else ()))
+    def compile_live(self, chain: EvalChain[LiveConv], dtype: torch.dtype) -> EvalRun | None:
+        convs = chain.all_convs
+        vectors = [(conv.conv_bias, conv.gamma, conv.beta, conv.mean, conv.var) for conv in convs]
+        tensors = [*(conv.w for conv in convs), *(v for of_conv in vectors for v in of_conv if v is not None)]
+        if not all(_is_native(conv.w, conv.groups) for conv in convs) or any(t.dtype != dtype for t in tensors):
+            return None
+        return _native_chain(chain, vectors, [conv.eps for conv in convs], [])
+
+    def compile_folded(self, chain: EvalChain[FoldedConv], x_shape: torch.Size) -> EvalRun | None:
+        convs = chain.all_convs
         if all(_is_native(conv.w, conv.groups) for conv in convs):
-            return _native_chain(chain, convs)
+            packed = [kernels.conv_pack(conv.w) for conv in convs]
+            return _native_chain(chain, [(conv.bias, *[None] * 4) for conv in convs], [0.0] * len(convs), packed)
         return None if onednn_reason(chain.convs[0].w.dtype) else PackedChain(chain, x_shape)
 
     @staticmethod
@@ -187,19 +196,23 @@ def _input(x: Tensor, in_bn: Tensor | None) -> Tensor:
     return x if in_bn is None else kernels.scale_shift_add_relu(x, in_bn, None, None, True)
 
 
-def _native_chain(chain: FoldedChain, convs: Sequence[FoldedConv]) -> FoldedRun:
-    """``chain`` in one native call, weights packed; ``convs`` are all of its convs, a projection last."""
+def _native_chain(
+    chain: EvalChain[LiveConv] | EvalChain[FoldedConv],
+    vectors: Sequence[Sequence[Tensor | None]],
+    eps: Sequence[float],
+    packed: Sequence[Tensor],
+) -> EvalRun:
+    """``chain`` in one native call; ``vectors`` are the five of each conv, ``packed`` its weights, packed, or none."""
+    convs = chain.all_convs
     weights = [conv.w for conv in convs]
-    packed = [kernels.conv_pack(w) for w in weights]
-    biases = [
-        w.new_zeros(w.shape[0]) if conv.bias is None else conv.bias for conv, w in zip(convs, weights, strict=True)
-    ]
+    none = weights[0].new_empty(0)
+    flat = [none if vector is None else vector for of_conv in vectors for vector in of_conv]
+    all_eps = torch.tensor(eps, dtype=torch.float64)
     geometry = [size for conv in convs for size in (*conv.stride, *conv.padding, *conv.dilation)]
+    flags = chain.identity, chain.projection is not None, chain.relu
 
     def run(x: Tensor, residual: Tensor | None) -> Tensor:
-        return kernels.folded_chain(
-            x, residual, weights, packed, biases, geometry, chain.identity, chain.projection is not None, chain.relu
-        )
+        return kernels.eval_chain(x, residual, weights, packed, flat, all_eps, geometry, *flags)
 
     return run
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedres import native
-from fusedres.engines import FoldedChain, FoldedConv
+from fusedres.engines import EvalChain, FoldedConv
 from fusedres.problem import ConvProblem
 
 _mkldnn = torch.ops.mkldnn
@@ -123,7 +123,7 @@ def _separate(x: Tensor, conv: FoldedConv, residual: Tensor | None, relu: bool) 
 class PackedChain:
     """A folded chain with prepacked weights for one input shape: a oneDNN call a conv, shortcut and ReLU inside."""
 
-    def __init__(self, chain: FoldedChain, x_shape: torch.Size) -> None:
+    def __init__(self, chain: EvalChain[FoldedConv], x_shape: torch.Size) -> None:
         self.chain = chain
         self.finite_max = torch.finfo(chain.convs[0].w.dtype).max
         self.gains = [conv_gain(conv) for conv in chain.convs]
