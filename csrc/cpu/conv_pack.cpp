@@ -32,7 +32,7 @@ PanelRows::PanelRows(const ConvPlan& plan, const WeightStrides& strides) {
 template <typename T>
 void pack_weight(const ConvPlan& plan, const T* w, const WeightStrides& strides, T* packed) {
   const PanelRows rows(plan, strides);
-  const Cut pieces = Cut::at_most(rows.offsets.size(), 1024);
+  const Cut pieces = Cut::at_most(rows.offsets.size(), 256);
   const auto pack = FUSEDRES_BEST_ISA(conv_pack_piece<T>)(rows, strides.K);
   parallel_for_each(plan.panels * pieces.count, [&](int64_t item) {
     const int64_t first = item / pieces.count * plan.tile.channels;
