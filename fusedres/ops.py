@@ -11,7 +11,8 @@ Shapes and dtypes used below
   stats        (3, K) acc: rows count, mean, M2 = sum((z - mean)**2)
   sums         (2, C) acc: rows dbeta = sum(g), dgamma = invstd * sum(g * (z - mean))
   moments      (C+1, C) acc: C rows of sum((a - a_mean) outer (a - a_mean)), then the row a_mean
-  inv_count    1/(N*P*Q) where BN used batch statistics, 0.0 where its statistics are constants (eval)
+  inv_count    1/(N*P*Q) where BN used batch statistics, 0.0 where its statistics are constants (eval); a Scalar in the
+               schemas, for a float would fix the sizes of a graph compiled for all
 
 BN backward is affine in g and z. It is written around the mean, so that a large mean cancels exactly:
 ``dz = a*g + b*(z - mean) + c``, ``a = scale``, ``b = -scale*invstd*dgamma*inv_count``, ``c = -scale*dbeta*inv_count``
@@ -79,7 +80,7 @@ def conv_fprop(
 
 
 @_register(
-    "conv_dgrad(Tensor g, Tensor? z, Tensor? bn, Tensor? sums, float inv_count, Tensor w, SymInt[2] input_size,"
+    "conv_dgrad(Tensor g, Tensor? z, Tensor? bn, Tensor? sums, Scalar inv_count, Tensor w, SymInt[2] input_size,"
     " SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, Tensor? residual,"
     " SymInt[2] residual_stride,"
     " Tensor? prev_z, Tensor? prev_bn) -> (Tensor dx, Tensor prev_sums)"
@@ -103,8 +104,8 @@ def conv_dgrad(
 ) -> tuple[Tensor, Tensor]:
     """Gradient with respect to the conv's input, ``dx`` (N, C, H, W) with ``(H, W) = input_size``.
 
-    Prologue: with ``z, bn, sums`` the gradient of the conv's output is ``dz = a*g + b*(z - mean) + c`` (module
-    docstring); without them ``g`` is that gradient. Epilogue, one of: add ``residual``, a gradient on the grid of
+    Prologue: with ``bn`` the gradient of the conv's output is ``dz`` as in ``dbn``, of ``z`` and ``sums``; without it
+    ``g`` is that gradient. Epilogue, one of: add ``residual``, a gradient on the grid of
     every ``residual_stride``-th row and column; or, with ``prev_z, prev_bn`` (the BN and ReLU that made this conv's
     input), mask by ``prev_scale*prev_z + prev_shift > 0`` and return that BN's sums (2, C). ``prev_sums`` else (0,).
     """
@@ -114,7 +115,7 @@ def conv_dgrad(
 
 
 @_register(
-    "conv_wgrad(Tensor g, Tensor? z, Tensor? bn, Tensor? sums, float inv_count, Tensor x, Tensor? in_bn,"
+    "conv_wgrad(Tensor g, Tensor? z, Tensor? bn, Tensor? sums, Scalar inv_count, Tensor x, Tensor? in_bn,"
     " SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> Tensor"
 )
 def conv_wgrad(
@@ -211,9 +212,12 @@ def drelu_dbn(
     return new_activation(dy, dy.shape), sums, residual_sums
 
 
-@_register("dbn(Tensor g, Tensor z, Tensor bn, Tensor sums, float inv_count) -> Tensor")
-def dbn(g: Tensor, z: Tensor, bn: Tensor, sums: Tensor, inv_count: float) -> Tensor:
-    """The prologue of ``conv_dgrad`` and ``conv_wgrad`` materialised: ``dz = a*g + b*(z - mean) + c``."""
+@_register("dbn(Tensor g, Tensor? z, Tensor bn, Tensor? sums, Scalar inv_count) -> Tensor")
+def dbn(g: Tensor, z: Tensor | None, bn: Tensor, sums: Tensor | None, inv_count: float) -> Tensor:
+    """The prologue of ``conv_dgrad`` and ``conv_wgrad`` materialised: ``dz = a*g + b*(z - mean) + c``.
+
+    With ``inv_count`` 0.0 that is ``a*g``: neither ``z`` nor ``sums`` is read, and either may be None.
+    """
     return new_activation(g, g.shape)
 
 
@@ -235,7 +239,7 @@ def pointwise_stats(moments: Tensor, w: Tensor, bias: Tensor | None, count: int)
 
 @_register(
     "pointwise_wgrad(Tensor g, Tensor sum_g, Tensor x, Tensor? in_bn, Tensor moments, Tensor w, Tensor bn,"
-    " float inv_count, SymInt[2] stride) -> (Tensor dw, Tensor sums)"
+    " Scalar inv_count, SymInt[2] stride) -> (Tensor dw, Tensor sums)"
 )
 def pointwise_wgrad(
     g: Tensor,
@@ -259,7 +263,7 @@ def pointwise_wgrad(
 
 @_register(
     "pointwise_dgrad(Tensor g, Tensor x, Tensor? in_bn, Tensor moments, Tensor w, Tensor bn, Tensor sums,"
-    " float inv_count, SymInt[2] stride, Tensor? prev_z, Tensor? prev_bn) -> (Tensor dx, Tensor prev_sums)"
+    " Scalar inv_count, SymInt[2] stride, Tensor? prev_z, Tensor? prev_bn) -> (Tensor dx, Tensor prev_sums)"
 )
 def pointwise_dgrad(
     g: Tensor,
@@ -299,7 +303,7 @@ def bn_relu_maxpool(z: Tensor, bn: Tensor, kernel_size: int, stride: int, paddin
 
 @_register(
     "bn_relu_maxpool_backward(Tensor dy, Tensor tap, Tensor z, Tensor bn, SymInt kernel_size, SymInt stride,"
-    " SymInt padding, float inv_count) -> (Tensor dz, Tensor sums)"
+    " SymInt padding, Scalar inv_count) -> (Tensor dz, Tensor sums)"
 )
 def bn_relu_maxpool_backward(
     dy: Tensor,

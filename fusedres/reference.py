@@ -26,7 +26,7 @@ def _input(x: Tensor, in_bn: Tensor | None) -> Tensor:
 
 def _output_gradient(g: Tensor, z: Tensor | None, bn: Tensor | None, sums: Tensor | None, inv_count: float) -> Tensor:
     """The prologue on a gradient: dz, or ``g`` where it is that already."""
-    return g if z is None or bn is None or sums is None else dbn(g, z, bn, sums, inv_count)
+    return g if bn is None else dbn(g, z, bn, sums, inv_count)
 
 
 def channel_stats(z: Tensor) -> Tensor:
@@ -231,12 +231,11 @@ def _dbn_factors(bn: Tensor, sums: Tensor, inv_count: float) -> tuple[Tensor, Te
     return rows.scale, -rows.scale * rows.invstd * dgamma * inv_count, -rows.scale * dbeta * inv_count
 
 
-def dbn(g: Tensor, z: Tensor, bn: Tensor, sums: Tensor, inv_count: float) -> Tensor:
+def dbn(g: Tensor, z: Tensor | None, bn: Tensor, sums: Tensor | None, inv_count: float) -> Tensor:
+    if z is None or sums is None or inv_count == 0:  # constants: NaN in z or in the sums does not reach dz
+        return channels_last((per_channel(BN.rows(bn).scale) * g).to(g.dtype))
     a, b, c = (per_channel(v) for v in _dbn_factors(bn, sums, inv_count))
-    dz = a * g
-    if inv_count != 0:  # constants: NaN in z or in the sums does not reach dz
-        dz = dz + b * (z - per_channel(BN.rows(bn).mean)) + c
-    return channels_last(dz.to(g.dtype))
+    return channels_last((a * g + b * (z - per_channel(BN.rows(bn).mean)) + c).to(g.dtype))
 
 
 def input_moments(x: Tensor, in_bn: Tensor | None, stride: Sequence[int]) -> Tensor:

@@ -298,7 +298,7 @@ def conv_dgrad(
             **blocks.constants(divides=blocks.merge > 1),
             EVEN_K=blocks.k % tile.block_k == 0 and k % blocks.k == 0,
             WIDE=is_wide(g, dx),
-            FORM=gradient_form(z, inv_count),
+            FORM=gradient_form(bn, inv_count),
             HAS_RESIDUAL=residual is not None,
             RES_H=residual_stride[0],
             RES_W=residual_stride[1],

@@ -227,7 +227,7 @@ def conv_wgrad(
         **blocks.constants(divides=flat or blocks.merge > 1),
         FLAT=flat,
         WIDE=is_wide(x, g),
-        FORM=gradient_form(z, inv_count),
+        FORM=gradient_form(bn, inv_count),
         ACTIVATE=in_bn is not None,
         PRECISION=precision(x.dtype),
         **tile_constants(tile),

@@ -14,9 +14,9 @@ from fusedres.kernels.tile import cast
 PLAIN, CONSTANT, BATCH = 0, 1, 2
 
 
-def gradient_form(z: object | None, inv_count: float) -> int:
-    """PLAIN without ``z``; with it CONSTANT where ``inv_count`` is 0.0, so that no NaN in z or the sums reaches dz."""
-    if z is None:
+def gradient_form(bn: object | None, inv_count: float) -> int:
+    """PLAIN without ``bn``; with it CONSTANT where ``inv_count`` is 0.0: then neither z nor the sums are read."""
+    if bn is None:
         return PLAIN
     return BATCH if inv_count != 0 else CONSTANT
 

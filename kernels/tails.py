@@ -112,15 +112,15 @@ def dbn_kernel(g, z, bn, sums, dz, inv_count, m, c, FORM: tl.constexpr, BLOCK_M:
     tl.store(dz + start + offsets, value, mask=mask)
 
 
-def dbn(g: Tensor, z: Tensor, bn: Tensor, sums: Tensor, inv_count: float) -> Tensor:
+def dbn(g: Tensor, z: Tensor | None, bn: Tensor, sums: Tensor | None, inv_count: float) -> Tensor:
     """As ``fusedres.ops.dbn``."""
-    g, z = channels_last(g), channels_last(z)
+    g = channels_last(g)
+    z, sums = g if z is None else channels_last(z), bn if sums is None else sums  # not read where they are None
     dz, c = new_activation(g, g.shape), g.shape[1]
     if g.numel() == 0:
         return dz
     m, (block_m, block_c) = g.numel() // c, tile_shape(c, g.element_size())
     grid = (triton.cdiv(m, block_m), triton.cdiv(c, block_c))
-    form = gradient_form(z, inv_count)
     run(
         dbn_kernel,
         grid,
@@ -132,7 +132,7 @@ def dbn(g: Tensor, z: Tensor, bn: Tensor, sums: Tensor, inv_count: float) -> Ten
         inv_count,
         m,
         c,
-        FORM=form,
+        FORM=gradient_form(bn, inv_count),
         BLOCK_M=block_m,
         BLOCK_C=block_c,
         num_warps=WARPS,

@@ -121,16 +121,18 @@ def _conv_samples(make: Operands, name: str, problem: ConvProblem) -> Iterator[S
     g, z, count = make.output(problem), y, 1 / problem.gemm_m
     size, residual = (problem.H, problem.W), make.input(problem)
     compact = make.activation(problem.N, problem.C, -(-problem.H // 2), -(-problem.W // 2))
-    plain, lazy = (g, None, None, None, 0.0), (g, z, bn, sums, count)
+    plain, lazy, constant = (g, None, None, None, 0.0), (g, z, bn, sums, count), (g, None, bn, None, 0.0)
     yield Sample("conv_dgrad", f"{name}-plain", (*plain, w, size, *geometry, None, (1, 1), None, None))
     yield Sample("conv_dgrad", f"{name}-residual", (*plain, w, size, *geometry, residual, (1, 1), None, None))
     yield Sample("conv_dgrad", f"{name}-compact", (*lazy, w, size, *geometry, compact, (2, 2), None, None))
+    yield Sample("conv_dgrad", f"{name}-constant", (*constant, w, size, *geometry, residual, (1, 1), None, None))
     yield Sample("conv_dgrad", f"{name}-drelu", (*plain, w, size, *geometry, None, (1, 1), x, in_bn))
     yield Sample("conv_dgrad", f"{name}-everything", (*lazy, w, size, *geometry, None, (1, 1), x, in_bn))
 
     kernel = (problem.R, problem.S)
     yield Sample("conv_wgrad", f"{name}-plain", (*plain, x, None, kernel, *geometry))
     yield Sample("conv_wgrad", f"{name}-activated", (*plain, x, in_bn, kernel, *geometry))
+    yield Sample("conv_wgrad", f"{name}-constant", (*constant, x, in_bn, kernel, *geometry))
     yield Sample("conv_wgrad", f"{name}-everything", (*lazy, x, in_bn, kernel, *geometry))
 
 
@@ -185,6 +187,7 @@ def _tail_samples(make: Operands, size: tuple[int, ...]) -> Iterator[Sample]:
         yield Sample("drelu_dbn", f"{name}-{label}-closed-projection", (dy, output, None, None, r, residual_bn))
     yield Sample("dbn", f"{name}-batch", (dy, z, bn, sums, 1 / 12))
     yield Sample("dbn", f"{name}-constant", (dy, z, bn, sums, 0.0))
+    yield Sample("dbn", f"{name}-constant-alone", (dy, None, bn, None, 0.0))
 
 
 def _pool_samples(make: Operands, size: tuple[int, ...], pool: tuple[int, int, int]) -> Iterator[Sample]:

@@ -183,6 +183,23 @@ def is_fused(fn: Callable[[], object]) -> bool:
     )
 
 
+def saved_maps(module: nn.Module, x: Tensor) -> list[Tensor]:
+    """The activations (no parameters) that ``module(x)`` keeps for backward, one for each storage, in order."""
+    saved: dict[int, Tensor] = {}
+    parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage().data_ptr()
+        if t.dim() == 4 and storage not in parameters:
+            saved.setdefault(storage, t.detach())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = module(x)  # the graph must live while storages are told apart by their addresses
+    del y
+    return list(saved.values())
+
+
 def identity_conv_(conv: nn.Conv2d) -> None:
     """Make a 3x3 ``conv`` pass its input on, bit for bit."""
     with torch.no_grad():

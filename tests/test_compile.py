@@ -19,6 +19,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 double = torch.float64
 modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None and shutil.which("clang++") is None, reason="inductor needs a C++ compiler"
+)
 
 
 class Stem(nn.Module):
@@ -124,6 +127,23 @@ def test_dynamic_shapes_compile_once() -> None:
     assert len(graphs) == 1
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, needs_compiler])])
+def test_training_step_of_any_batch_and_size_is_one_graph(backend: str) -> None:
+    module = block_twins(FusedBottleneck, 8, 4, 2)[0].double()
+    twin = copy.deepcopy(module)
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(module, backend=backend, fullgraph=True, dynamic=True)
+    for size in ((2, 8, 10, 9), (3, 8, 10, 9), (4, 8, 12, 11)):
+        gradients = []
+        for call in (compiled, twin):
+            x = batch(*size, dtype=double).requires_grad_()
+            call(x).square().sum().backward()
+            gradients.append(x.grad)
+        torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert_steps_equal(dict(module.named_buffers()), dict(twin.named_buffers()))
+
+
 def test_compiled_model_follows_its_modes() -> None:
     module = shake(FusedBasicBlock(8, 8)).double()
     twin, x = copy.deepcopy(module), batch(2, 8, 6, 5, dtype=double)
@@ -166,9 +186,7 @@ def test_exported_program_computes_the_same(training: bool) -> None:
     assert any("fusedres" in str(node.target) for node in program.graph.nodes)
 
 
-@pytest.mark.skipif(
-    shutil.which("g++") is None and shutil.which("clang++") is None, reason="inductor needs a C++ compiler"
-)
+@needs_compiler
 @pytest.mark.slow
 def test_inductor_equals_the_uncompiled_step() -> None:
     module = block_twins(FusedBottleneck, 8, 4, 2)[0].double()

@@ -11,7 +11,17 @@ from torch.autograd.function import once_differentiable
 
 from fusedres import autocast, dispatch, ops
 from fusedres.autograd.backward import ChainBackward
-from fusedres.autograd.unit import Operand, Saved, bn_vectors, closes, materialise, stored_unit, unit_tensors
+from fusedres.autograd.needs import ChainNeeds, Kept, UnitNeeds
+from fusedres.autograd.unit import (
+    Operand,
+    ParameterDtypes,
+    Saved,
+    bn_vectors,
+    closes,
+    materialise,
+    stored_unit,
+    unit_tensors,
+)
 from fusedres.problem import ConvProblem
 from fusedres.specs import ChainSpec, UnitSpec, UnitTensors
 
@@ -21,9 +31,10 @@ def chain(
 ) -> Tensor:
     """Run a chain differentiably: ``x`` (N, C, H, W) -> (N, K, P, Q), both channels_last."""
     tensors = [*units, *([projection] if projection else [])]
-    if not torch.is_grad_enabled():
-        return _forward(spec, x, residual, tensors)[0]
-    return ChainFunction.apply(spec, x, residual, *(t for unit in tensors for t in unit))[0]
+    needs = ChainNeeds.of(spec, x, residual, tensors)
+    if not needs.any:
+        return _forward(spec, needs, x, residual, tensors)[0]
+    return ChainFunction.apply(spec, needs, x, residual, *(t for unit in tensors for t in unit))[0]
 
 
 class ClosedUnit(NamedTuple):
@@ -41,11 +52,11 @@ def _closed_unit(unit: UnitSpec, t: UnitTensors, a: Operand) -> ClosedUnit:
     return ClosedUnit(moments, bn, *ops.bn_fold(t.w, t.conv_bias, bn))
 
 
-def _projection(spec: ChainSpec, t: UnitTensors, x: Tensor) -> tuple[Saved, Tensor, Tensor | None]:
+def _projection(spec: ChainSpec, needs: UnitNeeds, t: UnitTensors, x: Tensor) -> tuple[Saved, Tensor, Tensor | None]:
     """The projection shortcut: what it saves, and the residual with the ``bn`` that is still to be applied to it."""
     unit = spec.projection
     assert unit is not None
-    if closes(unit, t, x):
+    if closes(unit, needs, t, x):
         closed = _closed_unit(unit, t, Operand(x, None))
         residual, _ = ops.conv_fprop(x, closed.w, closed.bias, None, None, *unit.conv, False, False)
         return Saved(closed.bn, None, closed.moments), residual, None
@@ -54,7 +65,7 @@ def _projection(spec: ChainSpec, t: UnitTensors, x: Tensor) -> tuple[Saved, Tens
 
 
 def _forward(
-    spec: ChainSpec, x: Tensor, residual: Tensor | None, tensors: list[UnitTensors]
+    spec: ChainSpec, needs: ChainNeeds, x: Tensor, residual: Tensor | None, tensors: list[UnitTensors]
 ) -> tuple[Tensor, list[Saved]]:
     """The chain's output, and what each unit (the projection last) saves."""
     saved = []
@@ -67,8 +78,9 @@ def _forward(
     if spec.residual == "input":
         residual = x
     elif spec.residual == "projection":
-        projection_saved, residual, residual_bn = _projection(spec, tensors[-1], x)
-    y, last = _last_unit(spec, tensors[len(spec.units) - 1], a, residual, residual_bn)
+        projection_saved, residual, residual_bn = _projection(spec, needs.units[-1], tensors[-1], x)
+    i = len(spec.units) - 1
+    y, last = _last_unit(spec, needs.units[i], tensors[i], a, residual, residual_bn)
     saved.append(last)
     if spec.residual == "projection":
         saved.append(projection_saved)
@@ -76,11 +88,16 @@ def _forward(
 
 
 def _last_unit(
-    spec: ChainSpec, t: UnitTensors, a: Operand, residual: Tensor | None, residual_bn: Tensor | None
+    spec: ChainSpec,
+    needs: UnitNeeds,
+    t: UnitTensors,
+    a: Operand,
+    residual: Tensor | None,
+    residual_bn: Tensor | None,
 ) -> tuple[Tensor, Saved]:
     """The last conv with BN, residual and ReLU: in one op where the unit is closed, else conv and tail."""
     unit = spec.units[-1]
-    if closes(unit, t, a.x):
+    if closes(unit, needs, t, a.x):
         if residual is not None and residual_bn is not None:
             residual = ops.scale_shift_add_relu(residual, residual_bn, None, None, False)
         closed = _closed_unit(unit, t, a)
@@ -90,36 +107,40 @@ def _last_unit(
     return ops.scale_shift_add_relu(z, bn, residual, residual_bn, spec.relu), Saved(bn, z, None)
 
 
-def _keep(spec: ChainSpec, saved: list[Saved], tensors: list[UnitTensors]) -> list[Saved]:
-    """What of ``saved`` survives until backward: in "standard" mode all.
+def _keep(needs: UnitNeeds, kept: Kept, saved: Saved) -> Saved:
+    """What of ``saved`` is still there in backward."""
+    return Saved(
+        saved.bn if needs.any or kept.z else None,
+        saved.z if kept.z and not kept.again else None,
+        saved.moments if needs.any else None,
+    )
 
-    "recompute" drops what one conv brings back: the output of a pointwise first conv, the last, the projection.
-    """
-    if spec.memory == "standard":
-        return saved
-    last = len(spec.units) - 1
-    first_kept = 1 if tensors[0].w.shape[2:] == (1, 1) else 0
-    return [s if first_kept <= i < last else s._replace(z=None) for i, s in enumerate(saved)]
+
+def _keep_parameters(needs: UnitNeeds, kept: Kept, t: UnitTensors) -> tuple[Tensor | None, Tensor | None]:
+    """The conv's weight and bias, where backward reads them."""
+    return t.w if needs.dz or kept.again else None, t.conv_bias if kept.again else None
 
 
 class ChainFunction(torch.autograd.Function):
-    """``apply(spec, x, residual, *unit tensors) -> (y, *saved)``; the saved tensors are for backward alone."""
+    """``apply(spec, needs, x, residual, *unit tensors) -> (y, *saved)``; the saved tensors are for backward alone."""
 
     @staticmethod
-    def forward(spec: ChainSpec, x: Tensor, residual: Tensor | None, *flat: Tensor | None) -> tuple[Tensor | None, ...]:
-        tensors = unit_tensors(flat)
-        y, saved = _forward(spec, x, residual, tensors)
-        return y, *(t for unit in _keep(spec, saved, tensors) for t in unit)
+    def forward(
+        spec: ChainSpec, needs: ChainNeeds, x: Tensor, residual: Tensor | None, *flat: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        y, saved = _forward(spec, needs, x, residual, unit_tensors(flat))
+        return y, *(t for unit in map(_keep, needs.units, needs.kept, saved) for t in unit)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-        spec, x, _, *flat = inputs
+        ctx.spec, ctx.needs, x, _, *flat = inputs
         y, *saved = output
         ctx.mark_non_differentiable(*(t for t in saved if t is not None))
         ctx.set_materialize_grads(False)
-        ctx.spec = spec
-        parameters = [t for unit in unit_tensors(flat) for t in unit[:3]]  # w, conv_bias, weight
-        ctx.save_for_backward(x, y if spec.relu else None, *parameters, *saved)
+        tensors = unit_tensors(flat)
+        ctx.input_size, ctx.dtypes = x.shape[2:], tuple(map(ParameterDtypes.of, tensors))
+        parameters = [t for unit in map(_keep_parameters, ctx.needs.units, ctx.needs.kept, tensors) for t in unit]
+        ctx.save_for_backward(x if ctx.needs.reads_x else None, y if ctx.spec.relu else None, *parameters, *saved)
 
     @staticmethod
     @once_differentiable
@@ -127,4 +148,4 @@ class ChainFunction(torch.autograd.Function):
         if dy is None:
             return (None,) * len(ctx.needs_input_grad)
         with dispatch.as_in_forward(ctx.spec.engine), autocast.suspended(dy.device.type):
-            return None, *ChainBackward(ctx).run(dy)
+            return None, None, *ChainBackward(ctx).run(dy)

@@ -9,33 +9,30 @@ import torch
 from torch import Tensor
 
 from fusedres import dispatch, ops
+from fusedres.autograd.needs import UnitNeeds
 from fusedres.layout import acc_dtype
 from fusedres.specs import UnitSpec, UnitTensors, is_closed
 
 
 class Saved(NamedTuple):
-    """What one unit keeps for backward: ``z`` if stored, ``moments`` if closed, neither if it is to be recomputed."""
+    """What one unit keeps for backward: ``z`` if stored, ``moments`` if closed, neither if it is to be recomputed or
+    nobody reads it."""
 
-    bn: Tensor
+    bn: Tensor | None
     z: Tensor | None
     moments: Tensor | None
 
 
-class Parameters(NamedTuple):
-    """The parameters of a unit that backward reads; the bias of its BN is not among them."""
+class ParameterDtypes(NamedTuple):
+    """The dtypes of a conv's parameters and of its BN's."""
 
-    w: Tensor
-    conv_bias: Tensor | None
-    weight: Tensor | None
+    conv: torch.dtype
+    bn: torch.dtype
 
-
-class UnitNeeds(NamedTuple):
-    """Which gradients of a unit somebody asked for."""
-
-    w: bool
-    conv_bias: bool
-    weight: bool
-    bias: bool
+    @classmethod
+    def of(cls, t: UnitTensors) -> ParameterDtypes:
+        affine = t.bias if t.weight is None else t.weight
+        return cls(t.w.dtype, t.w.dtype if affine is None else affine.dtype)
 
 
 class Operand(NamedTuple):
@@ -51,9 +48,13 @@ def unit_tensors(flat: Sequence[Any]) -> list[UnitTensors]:
     return [UnitTensors(*flat[i : i + width]) for i in range(0, len(flat), width)]
 
 
-def closes(unit: UnitSpec, t: UnitTensors, x: Tensor) -> bool:
-    """Whether the unit runs closed on ``x``: its shapes allow it and the engine of its conv wants it."""
-    return is_closed(unit, x.shape, t.w.shape) and dispatch.closes_units(x.device.type, x.dtype)
+def closes(unit: UnitSpec, needs: UnitNeeds, t: UnitTensors, x: Tensor) -> bool:
+    """Whether the unit runs closed on ``x``: its shapes allow it and the engine of its conv wants it.
+
+    A closed unit draws ``dgamma`` from its weight gradient, so one whose weight needs none had better keep ``z``.
+    """
+    is_wanted = (needs.w or not needs.any) and dispatch.closes_units(x.device.type, x.dtype)
+    return is_wanted and is_closed(unit, x.shape, t.w.shape)
 
 
 def materialise(operand: Operand) -> Operand:
@@ -86,27 +87,33 @@ def stored_unit(unit: UnitSpec, t: UnitTensors, a: Operand) -> tuple[Tensor, Ten
 
 
 def output_gradient(
-    g: Tensor, z: Tensor, bn: Tensor, sums: Tensor, inv_count: float
+    unit: UnitSpec, g: Tensor, z: Tensor | None, bn: Tensor, sums: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, float]:
     """``dz`` as the first five arguments of conv_dgrad and conv_wgrad: lazily, or materialised for both at once."""
+    operands = (g, z, bn, sums, inv_count(unit, g)) if unit.batch_stats else (g, None, bn, None, 0.0)
     if dispatch.fuses_prologue("conv_dgrad", g.device.type, g.dtype):
-        return g, z, bn, sums, inv_count
-    return ops.dbn(g, z, bn, sums, inv_count), None, None, None, 0.0
+        return operands
+    return ops.dbn(*operands), None, None, None, 0.0
+
+
+def inv_count(unit: UnitSpec, g: Tensor) -> float:
+    """1/(N*P*Q) of a BN that used the statistics of this batch, 0.0 where they were constants."""
+    return 1 / (g.shape[0] * g.shape[2] * g.shape[3]) if unit.batch_stats else 0.0
 
 
 def parameter_gradients(
-    unit: UnitSpec, needs: UnitNeeds, parameters: Parameters, bn: Tensor, dw: Tensor | None, sums: Tensor
+    unit: UnitSpec, needs: UnitNeeds, bn: Tensor, dw: Tensor | None, sums: Tensor, dtypes: ParameterDtypes
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of w, conv_bias, weight and bias. A BN that uses batch statistics absorbs the conv's bias."""
-    w, conv_bias, weight = parameters
-    dbeta, dgamma = sums.unbind(0)
-    d_conv_bias = None
-    if needs.conv_bias and conv_bias is not None:
-        d_conv_bias = torch.zeros_like(conv_bias) if unit.batch_stats else (bn[2] * dbeta).to(conv_bias.dtype)
-    affine = w.dtype if weight is None else weight.dtype
+    """Gradients of w, conv_bias, weight and bias. A BN that uses batch statistics absorbs the conv's bias.
+
+    ``sums`` (2, K), or (1, K) where no ``dgamma`` is needed.
+    """
+    dbeta, d_conv_bias = sums[0], None
+    if needs.conv_bias:
+        d_conv_bias = (torch.zeros_like(dbeta) if unit.batch_stats else bn[2] * dbeta).to(dtypes.conv)
     return (
         dw if needs.w else None,
         d_conv_bias,
-        dgamma.to(affine) if needs.weight else None,
-        dbeta.to(affine) if needs.bias else None,
+        sums[1].to(dtypes.bn) if needs.weight else None,
+        dbeta.to(dtypes.bn) if needs.bias else None,
     )

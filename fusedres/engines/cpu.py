@@ -48,7 +48,6 @@ class CPUEngine(Engine):
 
     scale_shift_add_relu = staticmethod(kernels.scale_shift_add_relu)
     drelu_dbn = staticmethod(kernels.drelu_dbn)
-    dbn = staticmethod(kernels.dbn)
     input_moments = staticmethod(kernels.input_moments)
     bn_relu_maxpool = staticmethod(kernels.bn_relu_maxpool)
     bn_relu_maxpool_backward = staticmethod(kernels.bn_relu_maxpool_backward)
@@ -94,6 +93,13 @@ class CPUEngine(Engine):
         return y, kernels.channel_stats(y) if genstats else y.new_empty(0, dtype=acc_dtype(y.dtype))
 
     @staticmethod
+    def dbn(g: Tensor, z: Tensor | None, bn: Tensor, sums: Tensor | None, inv_count: float) -> Tensor:
+        if z is None or sums is None:  # a BN of constants: dz = scale*g
+            scale_alone = F.pad(bn[2:3], (0, 0, 2, 1))
+            return kernels.scale_shift_add_relu(g, scale_alone, None, None, False)
+        return kernels.dbn(g, z, bn, sums, inv_count)
+
+    @staticmethod
     def conv_dgrad(
         g: Tensor,
         z: Tensor | None,
@@ -111,7 +117,7 @@ class CPUEngine(Engine):
         prev_z: Tensor | None,
         prev_bn: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        dz = g if z is None else kernels.dbn(g, z, bn, sums, inv_count)
+        dz = g if bn is None else CPUEngine.dbn(g, z, bn, sums, inv_count)
         if _is_native(dz, groups):
             dx = kernels.conv_dgrad(dz, w, input_size, stride, padding, dilation, residual, residual_stride)
             return dx, _drelu_(dx, prev_z, prev_bn)
@@ -146,14 +152,13 @@ class CPUEngine(Engine):
         dilation: Sequence[int],
         groups: int,
     ) -> Tensor:
+        if bn is not None and (z is None or groups != 1):
+            g, z, bn, sums = CPUEngine.dbn(g, z, bn, sums, inv_count), None, None, None
         if groups == 1:
             return kernels.conv_wgrad(g, z, bn, sums, inv_count, x, in_bn, kernel_size, stride, padding, dilation)
-        dz = g if z is None else kernels.dbn(g, z, bn, sums, inv_count)
         w = new_activation(x, (g.shape[1], x.shape[1] // groups, *kernel_size))  # only its shape is read
-        dw = reference.convolution_backward(dz, _input(x, in_bn), w, stride, padding, dilation, groups, (False, True))[
-            1
-        ]
-        return channels_last(dw)
+        operands = (g, _input(x, in_bn), w, stride, padding, dilation, groups)
+        return channels_last(reference.convolution_backward(*operands, (False, True))[1])
 
     @staticmethod
     def pointwise_wgrad(
