@@ -1,7 +1,7 @@
 # The developer's day. `make run` and `make test` need only Python and a C++ compiler; everything else they install.
 #
 #   make run              measure this machine: fusedres bench, results under runs/
-#   make test             the test suite;  make test TORCH=2.11.0  with another torch,  PYTEST=... more options
+#   make test             the test suite;  TORCH=2.11.0 with another torch, JOBS=1 processes, PYTEST=... more options
 #   make triton           the Triton kernels: tests under the interpreter, then compiled for three architectures
 #   make gpu              on a machine with a GPU: the kernels' tests on it, compute-sanitizer, benchmarks
 #   make lint types       formatting, lint and types
@@ -11,6 +11,7 @@ PYTHON ?= python3
 TORCH  ?=
 ARCH   ?= resnet50
 PYTEST ?=
+JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
 
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -26,13 +27,16 @@ run: $(VENV)/.run-$(TORCH_TAG)
 	$(BIN)/fusedres info
 	$(BIN)/fusedres bench --arch $(ARCH) --json runs/$(ARCH).json --plot runs/$(ARCH).png
 
+# A process a core, each with one thread: small problems on two threads wait for each other longer than they compute.
+RUN_TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
+
 test: $(VENV)/.test-$(TORCH_TAG)
-	$(BIN)/python -m pytest $(PYTEST)
+	$(RUN_TESTS) $(PYTEST)
 
 # Two processes of their own: whether kernels are interpreted or compiled is settled when Triton is imported.
 triton: $(VENV)/.test-$(TORCH_TAG)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton $(PYTEST)
-	$(BIN)/python -m pytest tests/triton_compile $(PYTEST)
+	TRITON_INTERPRET=1 $(RUN_TESTS) tests/triton $(PYTEST)
+	$(RUN_TESTS) tests/triton_compile $(PYTEST)
 
 # Takes the environment it is given where GPU=python-of-it says so: nothing is installed then, nothing downloaded.
 GPU ?=
