@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fusedres import autocast, folding
 from fusedres.autograd import chain, stem_chain
+from fusedres.distributed import sync_group
 from fusedres.inspection import batch_norm_reason, conv_reason, plain_reason, pool_reason
 from fusedres.layout import channels_last
 from fusedres.problem import Pair, as_pair, out_size
@@ -26,7 +27,7 @@ class ConvBN(NamedTuple):
     """A conv and the BN behind it, of the types that ``fusedres.inspection`` accepts or not; those are asked first."""
 
     conv: nn.Conv2d
-    bn: Any  # BatchNorm2d or FrozenBatchNorm2d, which share no base with these attributes
+    bn: Any  # BatchNorm2d, SyncBatchNorm or FrozenBatchNorm2d, which share no base with these attributes
 
 
 def unit_spec(pair: ConvBN) -> UnitSpec:
@@ -36,9 +37,8 @@ def unit_spec(pair: ConvBN) -> UnitSpec:
     momentum = getattr(bn, "momentum", None)
     if momentum is None and getattr(bn, "num_batches_tracked", None) is None:
         momentum = 0.0
-    return UnitSpec(
-        as_pair(conv.stride), _padding(conv), as_pair(conv.dilation), conv.groups, batch_stats, momentum, bn.eps
-    )
+    geometry = as_pair(conv.stride), _padding(conv), as_pair(conv.dilation), conv.groups
+    return UnitSpec(*geometry, batch_stats, momentum, bn.eps, sync_group(bn))
 
 
 def _padding(conv: nn.Conv2d) -> Pair:
@@ -51,7 +51,7 @@ def _padding(conv: nn.Conv2d) -> Pair:
 
 
 def _uses_batch_stats(bn: nn.Module) -> bool:
-    if not isinstance(bn, nn.BatchNorm2d):  # a frozen BN
+    if not isinstance(bn, (nn.BatchNorm2d, nn.SyncBatchNorm)):  # a frozen BN
         return False
     return bn.training or (bn.running_mean is None and bn.running_var is None)
 
@@ -101,7 +101,7 @@ def residual_chain(
         return recalled
     projection = shortcut if isinstance(shortcut, ConvBN) else None
     convs = [*pairs, *([projection] if projection else [])]
-    if chain_reason(convs, activations) is not None or not _is_fusable_input(x):
+    if chain_reason(convs, activations) is not None or not _is_fusable_input(x, convs):
         return unfused(x)
     units = [unit_spec(pair) for pair in convs]
     shape = _check(x, pairs, units, shortcut)
@@ -136,11 +136,17 @@ def chain_reason(convs: Sequence[ConvBN], activations: Sequence[nn.Module]) -> s
     return next(filter(None, (plain_reason(a, nn.ReLU) for a in activations)), None)
 
 
-def _is_fusable_input(x: Any) -> bool:
+def _is_fusable_input(x: Any, convs: Sequence[ConvBN]) -> bool:
     """Whether ``x`` is what fused kernels take at all; the modules refuse, or serve, anything else themselves."""
-    return (
-        isinstance(x, Tensor) and x.dim() == 4 and x.is_floating_point() and x.layout == torch.strided and x.numel() > 0
-    )
+    if not (isinstance(x, Tensor) and x.dim() == 4 and x.is_floating_point() and x.layout == torch.strided):
+        return False
+    return x.numel() > 0 or (0 not in x.shape[1:] and _is_share(convs))
+
+
+def _is_share(convs: Sequence[ConvBN]) -> bool:
+    """Whether a batch is but this process's share, which may be empty, wherever BN looks at the batch at all."""
+    units = [unit_spec(pair) for pair in convs if chain_reason([pair], ()) is None]
+    return any(unit.sync for unit in units) and all(unit.sync or not unit.batch_stats for unit in units)
 
 
 def _entering(x: Tensor) -> Tensor:
@@ -197,7 +203,7 @@ def _check_pair(x: Tensor, shape: torch.Size, pair: ConvBN, unit: UnitSpec) -> t
     if p < 1 or q < 1:
         raise RuntimeError(f"the kernel {(r, s)} does not fit into an input of shape {tuple(shape)}")
     out = torch.Size((n, k, p, q))
-    if unit.batch_stats and n * p * q == 1:
+    if unit.batch_stats and unit.sync is None and n * p * q == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {out}")
     for name in ("weight", "bias", "running_mean", "running_var"):
         vector = getattr(bn, name)
@@ -216,9 +222,10 @@ def stem(x: Tensor, conv: nn.Conv2d, bn: nn.Module, relu: nn.Module, maxpool: nn
     x: (N, C, H, W) as in ``conv_bn_relu``. Returns (N, K, P, Q), channels_last whatever that of ``x``, so that the
     network behind it stays so.
     """
-    x = channels_last(x) if _is_fusable_input(x) else x
     pair = ConvBN(conv, bn)
-    is_fusable = _is_fusable_input(x) and pool_reason(maxpool) is None and chain_reason([pair], [relu]) is None
+    is_fusable = _is_fusable_input(x, [pair])
+    x = channels_last(x) if is_fusable else x
+    is_fusable = is_fusable and pool_reason(maxpool) is None and chain_reason([pair], [relu]) is None
     if is_fusable and isinstance(maxpool, nn.MaxPool2d):
         entering, unit = _entering(x), unit_spec(pair)
         _check(x, [pair], [unit], None)

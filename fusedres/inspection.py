@@ -62,7 +62,7 @@ def batch_norm_reason(bn: nn.Module) -> str | None:
     """Why ``bn`` cannot be fused, or None."""
     if is_frozen_batch_norm(bn):
         return hook_reason(bn)
-    reason = plain_reason(bn, nn.BatchNorm2d)
+    reason = plain_reason(bn, nn.BatchNorm2d, nn.SyncBatchNorm)
     if reason is not None:
         return reason
     if (bn.running_mean is None) != (bn.running_var is None):

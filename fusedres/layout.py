@@ -46,6 +46,11 @@ def new_activation(like: Tensor, size: Sequence[int], dtype: torch.dtype | None 
     return torch.empty(size, dtype=dtype or like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
+def pixels(x: Tensor) -> int:
+    """How many values each channel of ``x`` (N, C, H, W) has: N*H*W."""
+    return x.shape[0] * x.shape[2] * x.shape[3]
+
+
 def pixel_matrix(x: Tensor, stride: Sequence[int] = (1, 1)) -> Tensor:
     """(N, C, H, W) channels_last -> (N*P*Q, C): the pixels of every ``stride``-th row and column, as GEMM rows."""
     x = x[:, :, :: stride[0], :: stride[1]] if tuple(stride) != (1, 1) else x

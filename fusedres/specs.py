@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fusedres import dispatch
+from fusedres.distributed import Group
 from fusedres.problem import ConvProblem, Pair
 
 Memory = Literal["standard", "recompute"]
@@ -26,6 +27,7 @@ class UnitSpec(NamedTuple):
     batch_stats: bool  # BN normalises by this batch, else by its running statistics
     momentum: float | None
     eps: float
+    sync: Group | None = None  # the processes whose batches its batch statistics are of
 
     @property
     def conv(self) -> tuple[Pair, Pair, Pair, int]:
@@ -72,8 +74,11 @@ def is_closed(unit: UnitSpec, x_shape: Sequence[int], w_shape: Sequence[int]) ->
     """Whether the unit can run, to advantage, without storing its conv's output.
 
     It must be pointwise, widen the tensor (then the C x C products cost less than the K x C ones they replace) and see
-    enough pixels that products with the C x C moments stay small beside the conv itself.
+    enough pixels that products with the C x C moments stay small beside the conv itself. Nor may its batch be part of
+    another: the products with the moments are of this process's pixels around a mean that is not theirs.
     """
+    if unit.sync is not None:
+        return False
     problem = ConvProblem.of(torch.Size(x_shape), torch.Size(w_shape), *unit.conv)
     widens = problem.K >= 2 * problem.C
     return unit.batch_stats and problem.is_pointwise and widens and problem.gemm_m >= 4 * problem.C

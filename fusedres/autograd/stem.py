@@ -18,7 +18,8 @@ from fusedres.autograd.unit import (
     stored_unit,
     unit_tensors,
 )
-from fusedres.layout import channels_last
+from fusedres.distributed import mean_sums
+from fusedres.layout import BN, channels_last, pixels
 from fusedres.specs import PoolSpec, UnitSpec, UnitTensors
 
 
@@ -33,6 +34,21 @@ def stem_chain(unit: UnitSpec, pool: PoolSpec, x: Tensor, t: UnitTensors) -> Ten
 def _forward(unit: UnitSpec, pool: PoolSpec, x: Tensor, t: UnitTensors) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     z, bn = stored_unit(unit, t, Operand(x, None))
     return *ops.bn_relu_maxpool(z, bn, *pool), z, bn
+
+
+def _output_gradient(
+    unit: UnitSpec, pool: PoolSpec, dy: Tensor, tap: Tensor, z: Tensor, bn: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``dz`` (N, K, H, W), and the sums of the BN over this process's pixels."""
+    dy = channels_last(dy)
+    if unit.sync is None:
+        return ops.bn_relu_maxpool_backward(dy, tap, z, bn, *pool, inv_count(unit, z))
+    # With the sums of all processes yet to come, BN first counts as constant and gives scale*g. What is missing is a
+    # BN backward of that, by a BN whose scale is 1.
+    scaled, sums = ops.bn_relu_maxpool_backward(dy, tap, z, bn, *pool, 0.0)
+    rows = BN.rows(bn)
+    unscaled = torch.stack(rows._replace(scale=torch.ones_like(rows.scale)))
+    return ops.dbn(scaled, z, unscaled, rows.scale * mean_sums(sums, pixels(z), unit.sync), 1.0), sums
 
 
 class StemFunction(torch.autograd.Function):
@@ -62,8 +78,7 @@ class StemFunction(torch.autograd.Function):
         x, w, tap, z, bn = ctx.saved_tensors
         unit, needs = ctx.unit, ctx.needs
         with dispatch.as_in_forward(ctx.engine), autocast.suspended(dy.device.type):
-            count = inv_count(unit, z)
-            dz, sums = ops.bn_relu_maxpool_backward(channels_last(dy), tap, z, bn, *ctx.pool, count)
+            dz, sums = _output_gradient(unit, ctx.pool, dy, tap, z, bn)
             lazy = (dz, None, None, None, 0.0)
             dw = ops.conv_wgrad(*lazy, x, None, ctx.kernel_size, *unit.conv) if needs.w else None
             dx = None

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fusedres import dispatch, ops
 from fusedres.autograd.needs import UnitNeeds
-from fusedres.layout import acc_dtype
+from fusedres.distributed import mean_sums, merge_stats
+from fusedres.layout import acc_dtype, pixels
 from fusedres.specs import UnitSpec, UnitTensors, is_closed
 
 
@@ -83,6 +84,8 @@ def run_conv(unit: UnitSpec, t: UnitTensors, a: Operand, genstats: bool) -> tupl
 def stored_unit(unit: UnitSpec, t: UnitTensors, a: Operand) -> tuple[Tensor, Tensor]:
     """Conv and BN vectors: (z, bn)."""
     z, stats = run_conv(unit, t, a, unit.batch_stats)
+    if unit.sync is not None:
+        stats = merge_stats(stats, unit.sync)
     return z, bn_vectors(unit, t, stats if unit.batch_stats else None, z.dtype)
 
 
@@ -90,7 +93,12 @@ def output_gradient(
     unit: UnitSpec, g: Tensor, z: Tensor | None, bn: Tensor, sums: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, float]:
     """``dz`` as the first five arguments of conv_dgrad and conv_wgrad: lazily, or materialised for both at once."""
-    operands = (g, z, bn, sums, inv_count(unit, g)) if unit.batch_stats else (g, None, bn, None, 0.0)
+    if not unit.batch_stats:
+        operands = g, None, bn, None, 0.0
+    elif unit.sync is None:
+        operands = g, z, bn, sums, inv_count(unit, g)
+    else:
+        operands = g, z, bn, mean_sums(sums, pixels(g), unit.sync), 1.0
     if dispatch.fuses_prologue("conv_dgrad", g.device.type, g.dtype):
         return operands
     return ops.dbn(*operands), None, None, None, 0.0
@@ -98,7 +106,7 @@ def output_gradient(
 
 def inv_count(unit: UnitSpec, g: Tensor) -> float:
     """1/(N*P*Q) of a BN that used the statistics of this batch, 0.0 where they were constants."""
-    return 1 / (g.shape[0] * g.shape[2] * g.shape[3]) if unit.batch_stats else 0.0
+    return 1 / pixels(g) if unit.batch_stats else 0.0
 
 
 def parameter_gradients(
