@@ -50,6 +50,11 @@ class Place(NamedTuple):
         return torch.float32 if self.engine == "triton" else torch.float64
 
     @property
+    def is_interpreted(self) -> bool:
+        """Whether kernels run under an interpreter, a thousand times slower than compiled."""
+        return self.engine == "triton" and self.device == "cpu"
+
+    @property
     def tolerance(self) -> float:
         return 1e-4 if self.dtype == torch.float32 else 1e-10
 
@@ -85,9 +90,12 @@ def eager_net(make: Make) -> nn.Module:
 
 
 def built(make: Make, eager: nn.Module) -> nn.Module:
-    """The model of our own constructors with the weights and mode of ``eager``."""
+    """The model of our own constructors with the weights, momenta and mode of ``eager``."""
     model = copy.deepcopy(_made(make, False)).to(next(eager.parameters()).dtype)
     model.load_state_dict(eager.state_dict())
+    for name, module in eager.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            model.get_submodule(name).momentum = module.momentum
     return model.train(eager.training)
 
 
