@@ -36,6 +36,7 @@ test: $(VENV)/.test-$(TORCH_TAG)
 # Two processes of their own: whether kernels are interpreted or compiled is settled when Triton is imported.
 triton: $(VENV)/.test-$(TORCH_TAG)
 	TRITON_INTERPRET=1 $(RUN_TESTS) tests/triton $(PYTEST)
+	TRITON_INTERPRET=1 $(RUN_TESTS) tests/field -m kernel $(PYTEST)
 	$(RUN_TESTS) tests/triton_compile $(PYTEST)
 
 # Takes the environment it is given where GPU=python-of-it says so: nothing is installed then, nothing downloaded.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fusedres.functional import ConvBN, chain_reason, residual_chain
 from fusedres.inspection import plain_reason
-from fusedres.specs import Memory
+from fusedres.specs import Memory, checked_memory
 
 NormLayer = Callable[..., nn.Module]
 
@@ -35,9 +35,7 @@ class _FusedBlock(nn.Module):
 
     def __init__(self, memory: Memory) -> None:
         super().__init__()
-        if memory not in ("standard", "recompute"):
-            raise ValueError(f"memory is 'standard' or 'recompute', not {memory!r}")
-        self.memory: Memory = memory
+        self.memory = checked_memory(memory)
 
     @property
     def pairs(self) -> list[ConvBN]:

@@ -61,7 +61,7 @@ class CifarResNet(StagedNet):
             raise ValueError(f"shortcut must be 'A' or 'B', got {shortcut!r}")
         self.shortcut = shortcut
         self._make_stem(cifar_stem(in_channels))
-        self._make_stages(FusedBasicBlock, [n] * len(WIDTHS), WIDTHS)
+        self._make_stages(FusedBasicBlock, cifar_stages(n), WIDTHS)
         self._make_head(num_classes)
         self._initialise()
 
@@ -69,6 +69,13 @@ class CifarResNet(StagedNet):
         if self.shortcut == "A":
             return PaddedShortcut(outplanes - self.inplanes, stride)
         return super()._make_shortcut(outplanes, stride)
+
+
+def cifar_stages(n: int) -> list[int]:
+    """How many blocks, or pairs of layers, each stage has; ValueError for none."""
+    if n < 1:
+        raise ValueError(f"each stage needs at least one block, got n={n}")
+    return [n] * len(WIDTHS)
 
 
 def cifar_stem(in_channels: int) -> nn.Conv2d:

@@ -9,6 +9,7 @@ from torch import nn
 
 from fusedres import dispatch
 from fusedres.blocks import FusedBasicBlock, FusedBottleneck
+from fusedres.inspection import checked_module
 from fusedres.layers import FusedConvBNReLU
 
 #: The ops that every block is made of, its convolutions first.
@@ -30,9 +31,12 @@ class Row(NamedTuple):
 
 
 def explain(model: nn.Module) -> list[Row]:
-    """A row for every fused block or layer of ``model``, in order, judged by its parameters' device and dtype."""
+    """A row for every fused block or layer of ``model``, in order, judged by its parameters' device and dtype.
+
+    TypeError where ``model`` is no module.
+    """
     kinds = (FusedBasicBlock, FusedBottleneck, FusedConvBNReLU)
-    return [_row(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
+    return [_row(name, module) for name, module in checked_module(model).named_modules() if isinstance(module, kinds)]
 
 
 def _row(name: str, module: FusedBasicBlock | FusedBottleneck | FusedConvBNReLU) -> Row:

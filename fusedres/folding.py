@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fusedres import autocast, dispatch, native, ops
 from fusedres.engines import ConvT, Engine, EvalChain, EvalRun, FoldedConv, LiveConv
 from fusedres.guards import Guard, all_hold
+from fusedres.inspection import checked_module, is_traced
 from fusedres.layout import acc_dtype
 from fusedres.specs import ChainSpec, UnitSpec
 
@@ -75,9 +76,9 @@ def freeze(model: nn.Module) -> nn.Module:
 
     Folded weights still follow every change that moves a version counter (optimizers, ``copy_``, ``load_state_dict``,
     moves to another dtype). Unseen are only writes that bypass it: through ``.data``, NumPy or another process. Copies
-    of the model are not frozen.
+    of the model are not frozen. TypeError where ``model`` is no module.
     """
-    convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    convs = [module for module in checked_module(model).modules() if isinstance(module, nn.Conv2d)]
     _frozen.update(convs)
     for conv in convs:
         _recalled.pop(conv, None)
@@ -164,7 +165,8 @@ def remember(
 
 
 def _may_recall(x: Tensor) -> bool:
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or autocast.is_on(x.device.type))
+    is_recorded = torch.compiler.is_compiling() or is_traced()
+    return not (torch.is_grad_enabled() or is_recorded or autocast.is_on(x.device.type))
 
 
 def _call(x: Tensor, shortcut: ConvBN | Tensor | None, relu: bool) -> _Call:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fusedres import autocast, folding
 from fusedres.autograd import chain, stem_chain
 from fusedres.distributed import sync_group
-from fusedres.inspection import batch_norm_reason, conv_reason, plain_reason, pool_reason
+from fusedres.inspection import batch_norm_reason, conv_reason, plain_reason, pool_reason, recorder_reason
 from fusedres.layout import channels_last
 from fusedres.problem import Pair, as_pair, out_size
 from fusedres.specs import ChainSpec, Memory, PoolSpec, Residual, UnitSpec, UnitTensors
@@ -129,6 +129,8 @@ def residual_chain(
 
 def chain_reason(convs: Sequence[ConvBN], activations: Sequence[nn.Module]) -> str | None:
     """Why these modules cannot run as one chain, or None."""
+    if (reason := recorder_reason()) is not None:
+        return reason
     for conv, bn in convs:
         reason = conv_reason(conv) or batch_norm_reason(bn)
         if reason is not None:
@@ -187,6 +189,13 @@ def _check_pair(x: Tensor, shape: torch.Size, pair: ConvBN, unit: UnitSpec) -> t
     """The output shape of a conv and BN given an input of ``shape``, device and dtype of ``x``."""
     conv, bn = pair
     w = conv.weight
+    if min(*unit.stride, *unit.dilation, unit.groups) < 1 or min(unit.padding) < 0:
+        raise RuntimeError(
+            f"stride {unit.stride}, dilation {unit.dilation} and groups {unit.groups} must be positive, padding"
+            f" {unit.padding} not negative"
+        )
+    if w.dim() != 4:
+        raise RuntimeError(f"the weight of a 2-D convolution has four dimensions, not the shape {tuple(w.shape)}")
     if shape[1] != w.shape[1] * conv.groups:
         raise ValueError(
             f"expected {w.shape[1] * conv.groups} channels for a weight of shape {tuple(w.shape)}, got {tuple(shape)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from torch.nn.modules import module as _module_globals
 
@@ -9,6 +10,13 @@ from fusedres.problem import as_pair
 
 #: The winning tap of a window is stored in eight bits.
 MAX_POOL_KERNEL = 16
+
+
+def checked_module(model: object) -> nn.Module:
+    """``model``, if it is a module; TypeError else."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    return model
 
 
 def plain_reason(module: nn.Module, *types: type[nn.Module]) -> str | None:
@@ -44,6 +52,23 @@ def has_global_hooks() -> bool:
         or _module_globals._global_backward_hooks
         or _module_globals._global_backward_pre_hooks
     )
+
+
+def is_traced() -> bool:
+    """Whether ``torch.jit.trace`` records what is called now."""
+    return torch.jit.is_tracing()  # type: ignore[attr-defined]  # torch.jit does export it
+
+
+def recorder_reason() -> str | None:
+    """Why the modules must run one by one for whoever records this call, or None.
+
+    TorchScript and ONNX know no fused ops; what they record must be ATen's, on parameters and not on folded copies.
+    """
+    if is_traced():
+        return "TorchScript records the call"
+    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+        return "ONNX records the call"
+    return None
 
 
 def conv_reason(conv: nn.Module) -> str | None:

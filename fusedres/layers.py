@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fusedres.functional import ConvBN, chain_reason, residual_chain
 from fusedres.problem import Pair, as_pair
-from fusedres.specs import Memory
+from fusedres.specs import Memory, checked_memory
 
 
 class FusedConvBNReLU(nn.Module):
@@ -41,7 +41,7 @@ class FusedConvBNReLU(nn.Module):
         self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding, dilation, groups, bias=bias)
         self.bn = (norm_layer or nn.BatchNorm2d)(out_channels)
         self.relu = nn.ReLU(inplace=True) if relu else nn.Identity()
-        self.memory: Memory = memory
+        self.memory = checked_memory(memory)
 
     @property
     def _activations(self) -> list[nn.Module]:

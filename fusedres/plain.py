@@ -72,7 +72,7 @@ class CifarPlainNet(_PlainStages):
     ) -> None:
         super().__init__(norm_layer, memory=memory)
         self._make_stem(cifar.cifar_stem(in_channels))
-        self._make_stages(FusedConvBNReLU, [n] * len(cifar.WIDTHS), cifar.WIDTHS)
+        self._make_stages(FusedConvBNReLU, cifar.cifar_stages(n), cifar.WIDTHS)
         self._make_head(num_classes)
         self._initialise()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -15,6 +15,13 @@ from fusedres.problem import ConvProblem, Pair
 
 Memory = Literal["standard", "recompute"]
 Residual = Literal["none", "input", "tensor", "projection"]
+
+
+def checked_memory(memory: str) -> Memory:
+    """``memory``, if it is a memory mode; ValueError else."""
+    if memory not in get_args(Memory):
+        raise ValueError(f"memory is {' or '.join(map(repr, get_args(Memory)))}, not {memory!r}")
+    return memory  # type: ignore[return-value]  # it is one of them
 
 
 class UnitSpec(NamedTuple):
