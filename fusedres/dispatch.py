@@ -24,6 +24,7 @@ from fusedres.engines.triton import TRITON
 ENGINES: dict[str, Engine] = {engine.name: engine for engine in (TRITON, CPU, REFERENCE)}
 
 _forced: ContextVar[str | None] = ContextVar("fusedres_engine", default=None)
+_meta_stands_for: ContextVar[str] = ContextVar("fusedres_meta_stands_for", default="meta")
 
 
 class Choice(NamedTuple):
@@ -46,6 +47,16 @@ def engine(name: str | None) -> Iterator[None]:
         _forced.reset(token)
 
 
+@contextmanager
+def meta_as(device_type: str) -> Iterator[None]:
+    """Within this context choose for meta tensors what those of ``device_type`` would get: a plan without a device."""
+    token = _meta_stands_for.set(device_type)
+    try:
+        yield
+    finally:
+        _meta_stands_for.reset(token)
+
+
 def as_in_forward(name: str | None) -> AbstractContextManager[None]:
     """The context for the backward of what ran while ``forced()`` was ``name``: nothing where it still is."""
     return nullcontext() if name == forced() else engine(name)
@@ -64,6 +75,8 @@ def _known(name: str | None) -> str | None:
 
 def choose(op: str, device_type: str, dtype: torch.dtype) -> Choice:
     """The engine for ``op`` on tensors of this device and dtype."""
+    if device_type == "meta":
+        device_type = _meta_stands_for.get()
     return _choose(op, device_type, dtype, forced())
 
 

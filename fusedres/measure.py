@@ -22,6 +22,7 @@ _FREE = frozenset(
         "aten::new_empty_strided",
         "aten::_unsafe_view",
         "aten::_reshape_alias",
+        "aten::as_strided_",
         "aten::lift_fresh",
         "aten::_local_scalar_dense",
         "aten::item",

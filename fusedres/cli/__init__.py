@@ -8,10 +8,17 @@ import sys
 from collections.abc import Sequence
 
 import fusedres
-from fusedres.cli import bench, explain, info, report, train
+from fusedres.cli import bench, explain, info, report, roofline, train
 from fusedres.cli.common import Parser, UserError
 
-COMMANDS = {"bench": bench, "train": train, "explain": explain, "info": info, "report": report}
+COMMANDS = {
+    "bench": bench,
+    "train": train,
+    "explain": explain,
+    "info": info,
+    "report": report,
+    "roofline": roofline,
+}
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130

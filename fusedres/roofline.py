@@ -1,0 +1,95 @@
+"""Lower bounds of time: no launch is shorter than its traffic at full bandwidth or its FLOPs at the full matrix rate.
+
+(Williams, Waterman and Patterson 2009.) Launches follow each other, so that their bounds add up. Left out, because it
+depends on more than two figures of a device: caches that keep operands from one launch to the next (which let small
+maps beat these bounds), and the time to launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+
+from fusedres.measure import interleaved
+from fusedres.plan import Launch
+
+_TERA = 1e12
+
+
+class Roof(NamedTuple):
+    """What a device can do at most: memory traffic and matrix products, and where the two figures are from."""
+
+    name: str
+    bytes_per_s: float
+    flops_per_s: float
+    source: str
+
+
+def _gpu(name: str, terabytes: float, teraflops: float, source: str) -> Roof:
+    return Roof(name, terabytes * _TERA, teraflops * _TERA, source)
+
+
+#: Memory bandwidth and dense float16 or bfloat16 rate of the tensor cores, accumulated in float32, as the maker
+#: publishes them. Where a data sheet states the rate with sparsity, half of it is the dense one.
+GPUS = {
+    "a10": _gpu("NVIDIA A10", 0.600, 125, "NVIDIA A10 Tensor Core GPU data sheet"),
+    "a100": _gpu("NVIDIA A100 SXM 80 GB", 2.039, 312, "NVIDIA A100 Tensor Core GPU data sheet"),
+    "l4": _gpu("NVIDIA L4", 0.300, 121, "NVIDIA L4 Tensor Core GPU data sheet"),
+    "l40s": _gpu("NVIDIA L40S", 0.864, 362, "NVIDIA L40S data sheet"),
+    "h100": _gpu("NVIDIA H100 SXM", 3.35, 989.5, "NVIDIA H100 Tensor Core GPU data sheet"),
+    "h100-pcie": _gpu("NVIDIA H100 PCIe", 2.0, 756.5, "NVIDIA H100 Tensor Core GPU data sheet"),
+    "h200": _gpu("NVIDIA H200 SXM", 4.8, 989.5, "NVIDIA H200 Tensor Core GPU data sheet"),
+    "b200": _gpu("NVIDIA B200", 8.0, 2250, "NVIDIA DGX B200 data sheet, an eighth of the system"),
+    "rtx4090": _gpu("NVIDIA GeForce RTX 4090", 1.008, 165.2, "NVIDIA Ada GPU Architecture white paper"),
+}
+#: The dtypes whose rate the table holds.
+GPU_DTYPES = (torch.float16, torch.bfloat16)
+
+#: More than the last-level cache of any CPU or GPU here.
+_COPIED_BYTES = 512 << 20
+_ROUNDS = 5
+
+
+def measured(device: torch.device, dtype: torch.dtype) -> Roof:
+    """The roof of this machine: the best of several copies of 512 MiB, and of several products of square matrices."""
+    source = torch.empty(_COPIED_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    side = 2048 if device.type == "cpu" else 8192
+    a, b, c = (torch.randn(side, side, device=device).to(dtype) for _ in range(3))
+    calls: dict[str, Callable[[], object]] = {
+        "copy": lambda: target.copy_(source),
+        "product": lambda: torch.mm(a, b, out=c),
+    }
+    best = {name: min(samples) for name, samples in interleaved(calls, _ROUNDS, device).items()}
+    name = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"this CPU, {torch.get_num_threads()} threads"
+    )
+    what = f"measured: copy of {_COPIED_BYTES >> 20} MiB, product of {side} x {side} in {str(dtype).split('.')[1]}"
+    return Roof(name, 2 * _COPIED_BYTES / best["copy"], 2 * side**3 / best["product"], what)
+
+
+class Bound(NamedTuple):
+    """Launches added up. ``memory_s``: the part of ``seconds`` that launches spend which traffic limits, not FLOPs."""
+
+    launches: int
+    bytes: int
+    activation_bytes: int
+    flops: int
+    seconds: float
+    memory_s: float
+
+
+def bound(launches: Iterable[Launch], roof: Roof) -> Bound:
+    """The bound of ``launches``, one after the other, under ``roof``."""
+    launches = list(launches)
+    times = [(launch.bytes / roof.bytes_per_s, launch.flops / roof.flops_per_s) for launch in launches]
+    return Bound(
+        len(launches),
+        sum(launch.bytes for launch in launches),
+        sum(launch.activation_bytes for launch in launches),
+        sum(launch.flops for launch in launches),
+        sum(max(time) for time in times),
+        sum(traffic for traffic, product in times if traffic >= product),
+    )
