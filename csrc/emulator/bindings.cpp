@@ -1,0 +1,25 @@
+// The Python module of emulated kernels: options and totals of a launch; the kernels come from their families' files.
+#include "emulator/bindings.h"
+
+#ifndef FUSEDRES_MODULE
+#define FUSEDRES_MODULE fusedres_emulator
+#endif
+
+PYBIND11_MODULE(FUSEDRES_MODULE, module) {
+  using namespace fusedres::emulator;
+  namespace py = pybind11;
+  py::enum_<Order>(module, "Order")
+      .value("forward", Order::forward)
+      .value("reverse", Order::reverse)
+      .value("seeded", Order::seeded);
+  py::class_<Options>(module, "Options")
+      .def(py::init<>())
+      .def_readwrite("order", &Options::order)
+      .def_readwrite("seed", &Options::seed)
+      .def_readwrite("workers", &Options::workers)
+      .def_readwrite("drop_barrier", &Options::drop_barrier)
+      .def_readwrite("drop_wait", &Options::drop_wait)
+      .def_readwrite("swap_fragments", &Options::swap_fragments);
+  bind_blocks(module);
+  bind_tails(module);
+}

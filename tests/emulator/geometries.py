@@ -1,0 +1,53 @@
+"""Blocks as the emulated kernels take them: folded, with their eager twin and the truth in float64."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from oracles import EAGER_BLOCKS, batch, block_twins, rms
+from torch import Tensor, nn
+
+import fusedres
+
+CL = torch.channels_last
+
+
+def fold(conv: nn.Conv2d, bn: nn.BatchNorm2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(w in ``dtype``, bias in float32), folded in float64."""
+    scale = bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()
+    w = conv.weight.double() * scale.view(-1, 1, 1, 1)
+    return w.to(dtype).contiguous(memory_format=CL), (bn.bias.double() - bn.running_mean.double() * scale).float()
+
+
+def folded(block: nn.Module, dtype: torch.dtype) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
+    """The convs of ``block`` folded, and its projection's weight; the projection's bias is in the last conv's."""
+    count = 3 if hasattr(block, "conv3") else 2
+    with torch.no_grad():
+        convs = [fold(getattr(block, f"conv{i}"), getattr(block, f"bn{i}"), dtype) for i in range(1, count + 1)]
+        if block.downsample is None:
+            return convs, None
+        w_shortcut, bias = fold(*block.downsample, dtype)
+        convs[-1] = (convs[-1][0], convs[-1][1] + bias)
+        return convs, w_shortcut
+
+
+def eager_block(kind: str, c: int, planes: int, stride: int, dtype: torch.dtype, **kwargs: int) -> nn.Module:
+    """torchvision's block in eval with shaken BN, parameters in ``dtype``."""
+    fused_kind = {"bottleneck": fusedres.FusedBottleneck, "basic": fusedres.FusedBasicBlock}[kind]
+    assert fused_kind in EAGER_BLOCKS
+    return block_twins(fused_kind, c, planes, stride, **kwargs)[1].to(dtype).eval()
+
+
+def assert_close_as_eager(ours: Tensor, eager: nn.Module, x: Tensor) -> None:
+    """At most twice eager's root-mean-square error against float64, and NaN in the same places."""
+    with torch.no_grad():
+        theirs, truth = eager(x), copy.deepcopy(eager).double()(x.double())
+    assert ours.shape == truth.shape
+    assert torch.equal(ours.isnan(), truth.isnan())
+    floor = torch.finfo(ours.dtype).eps * rms(truth) / 4
+    ours_error, their_error = rms(ours.double() - truth), rms(theirs.double() - truth)
+    assert ours_error <= 2 * their_error + floor, f"error {ours_error:.3g}, eager's {their_error:.3g}"
+
+
+__all__ = ["assert_close_as_eager", "batch", "eager_block", "folded"]

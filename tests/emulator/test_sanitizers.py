@@ -1,0 +1,65 @@
+"""The emulated kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a process that preloads them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from build_emulator import COMPILER, missing, sanitized
+
+HERE = Path(__file__).parent
+
+pytestmark = pytest.mark.skipif(sanitized(), reason="starts the sanitized process, and this is one")
+
+#: Tests that a sanitized process repeats: every kernel, ragged in every dimension, and the emulator's own.
+SUITE = (
+    "test_emulator.py and (warps_exchange or named_barriers or fragments)"
+    " or test_bottleneck_fprop.py and (ragged and float16 and not (3 and 13) or empty)"
+)
+
+
+def sanitized_environment(**more: str) -> dict[str, str]:
+    libraries = []
+    for name in ("libasan.so", "libstdc++.so.6"):  # the second, so that exceptions are seen from the start
+        asked = [COMPILER, f"-print-file-name={name}"]
+        libraries.append(subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip())
+    if not Path(libraries[0]).is_absolute():
+        pytest.skip(f"needs AddressSanitizer's library beside {COMPILER}")
+    return {
+        **os.environ,
+        "LD_PRELOAD": " ".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "UBSAN_OPTIONS": "print_stacktrace=0",
+        "FUSEDRES_EMULATOR_SANITIZE": "1",
+        **more,
+    }
+
+
+def run(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=sanitized_environment(**more),
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.skipif(missing is not None, reason=str(missing))
+class TestSanitizers:
+    def test_kernels_are_clean(self) -> None:
+        done = run("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", SUITE, ".")
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        assert " passed" in done.stdout
+
+    @pytest.mark.parametrize(("index", "is_caught"), [(32, False), (33, True), (-1, False)])
+    def test_one_past_a_tile_is_caught(self, index: int, is_caught: bool) -> None:
+        """Element 33 of a tile of 33; -1 asks for nothing, so that the module itself is known to load."""
+        call = f"load('emulator_probes').read_tile({index})" if index >= 0 else "load('emulator_probes')"
+        done = run("-c", f"from build_emulator import load; {call}")
+        assert ("AddressSanitizer: use-after-poison" in done.stderr) == is_caught, done.stderr[-3000:]
+        assert (done.returncode != 0) == is_caught
