@@ -14,13 +14,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from setup import cuda_toolkit  # noqa: E402
+from setup import TORCH_TARGET_VERSION, cuda_toolkit  # noqa: E402
 
 TOOLKIT = cuda_toolkit(os.environ)
 ARCHS = ("80", "86", "89", "90", "100", "120")
 #: Headers with kernels; each says how all that it ships is instantiated.
 FAMILIES = {
     "bottleneck_fprop": "bottleneck_fprop<T>({}, 1, 0, -1, launch)",
+    "stem_fprop": "stem_fprop<T>({}, 0, launch)",
 }
 #: Registers a thread may use: 65536 of an SM shared by 256 threads.
 MOST_REGISTERS = 255
@@ -79,3 +80,14 @@ def test_nothing_spills(family: str, arch: str, folder: Path) -> None:
     assert all(numbers == ("0", "0", "0") for numbers in spills), report
     assert max(registers) <= MOST_REGISTERS
     print(family, arch, "registers:", sorted(registers))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_launcher_compiles_against_the_stable_abi(family: str, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    include = Path(torch.__file__).parent / "include"
+    command = [str(TOOLKIT / "bin" / "nvcc"), "-std=c++17", "-O1", "-arch", "sm_90", "-DUSE_CUDA"]
+    command += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", f"-I{ROOT / 'csrc'}", f"-I{include}"]
+    command += ["-c", "-o", str(tmp_path / "launcher.o"), str(ROOT / "csrc" / "cuda" / f"{family}.cu")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -1,7 +1,7 @@
 // The parts that kernels of a whole block are built from: a thread block's GEMM step, its loads, its stores.
 //
-// A thread block owns a tile of output pixels of one image. Each conv in it is an implicit GEMM whose gemm_m are pixels;
-// it is done 64 output channels (kColumns) and 64 of gemm_k (kDepth) at a time.
+// A thread block owns a tile of output pixels of one image. Each conv in it is an implicit GEMM whose gemm_m are
+// pixels; it is done 64 output channels (kColumns) and 64 of gemm_k (kDepth) at a time.
 #pragma once
 
 #include "device/async_copy.h"
@@ -16,7 +16,8 @@ using device::Tile;
 
 constexpr int kThreads = 256, kWarps = kThreads / device::kWarp;
 constexpr int kColumns = 64, kDepth = 64;
-constexpr int kRowsAtOnce = kThreads / (kDepth / device::kChunk);  // rows of a 64-wide tile that the block moves at once
+constexpr int kRowsAtOnce =
+    kThreads / (kDepth / device::kChunk);  // rows of a 64-wide tile that the block moves at once
 
 // Eight warps share kM rows by 64 columns of accumulators.
 template <int kM>
@@ -49,7 +50,8 @@ struct Ring {
 template <int kRows, typename T, typename Source>
 FUSEDRES_DEVICE void load_rows(const Tile<T>& tile, const T* any, const Source& source) {
   static_assert(kRows % kRowsAtOnce == 0);
-  const int chunk = static_cast<int>(threadIdx.x) % device::kChunk, row = static_cast<int>(threadIdx.x) / device::kChunk;
+  const int chunk = static_cast<int>(threadIdx.x) % device::kChunk,
+            row = static_cast<int>(threadIdx.x) / device::kChunk;
   FUSEDRES_UNROLL
   for (int i = 0; i < kRows / kRowsAtOnce; ++i) {
     const T* from = source(i, chunk);
@@ -57,7 +59,8 @@ FUSEDRES_DEVICE void load_rows(const Tile<T>& tile, const T* any, const Source& 
   }
 }
 
-// Rows n0 and following of w (rows, row_stride), 64 columns from `offset`; zeros beyond `rows` and beyond `depth` columns.
+// Rows n0 and following of w (rows, row_stride), 64 columns from `offset`; zeros beyond `rows` and beyond `depth`
+// columns.
 template <typename T>
 FUSEDRES_DEVICE void load_weights(const Tile<T>& tile, const T* w, int rows, int row_stride, int n0, int offset,
                                   int depth) {
@@ -96,7 +99,8 @@ struct PixelRows {
   // The way back: 64 columns of `tile` to channels from c0, 16 bytes a store.
   template <typename T>
   FUSEDRES_DEVICE void store(const Tile<T>& tile, T* image, int channels, int c0) const {
-    const int chunk = static_cast<int>(threadIdx.x) % device::kChunk, row = static_cast<int>(threadIdx.x) / device::kChunk;
+    const int chunk = static_cast<int>(threadIdx.x) % device::kChunk,
+              row = static_cast<int>(threadIdx.x) / device::kChunk;
     const int c = c0 + chunk * device::kChunk;
     FUSEDRES_UNROLL
     for (int i = 0; i < kCount; ++i) {
@@ -126,18 +130,18 @@ FUSEDRES_DEVICE void plain_rows(int (&rows)[WarpGrid<kM>::kM16]) {
   for (int m = 0; m < WarpGrid<kM>::kM16; ++m) rows[m] = WarpGrid<kM>::row() + m * 16 + device::lane_index() % 16;
 }
 
-// The accumulators through `epilogue` into columns c0.. of `tile`, where `keep(row)`: 1 writes, 0 writes zeros, -1 does
-// not write.
+// The accumulators of channels c0.. through `epilogue` into columns `to`.. of `tile`, where `keep(row)`: 1 writes, 0
+// writes zeros, -1 does not write.
 template <int kM, typename T, int kShift, typename Keep>
-FUSEDRES_DEVICE void store_activations(const typename WarpGrid<kM>::Acc& acc, const Tile<T, kShift>& tile, int c0,
-                                       const device::BiasResidualRelu& epilogue, const Keep& keep) {
+FUSEDRES_DEVICE void store_activations(const typename WarpGrid<kM>::Acc& acc, const Tile<T, kShift>& tile, int to,
+                                       int c0, const device::BiasResidualRelu& epilogue, const Keep& keep) {
   acc.for_each_pair([&](int row, int col, float first, float second) {
-    const int channel = c0 + WarpGrid<kM>::column() + col;
+    col += WarpGrid<kM>::column();
     row += WarpGrid<kM>::row();
     const int kept = keep(row);
     if (kept < 0) return;
-    const uint32_t bits = device::pack<T>(epilogue(first, channel, 0.0f), epilogue(second, channel + 1, 0.0f));
-    tile.set_pair(row, channel, kept ? bits : 0u);
+    const uint32_t bits = device::pack<T>(epilogue(first, c0 + col, 0.0f), epilogue(second, c0 + col + 1, 0.0f));
+    tile.set_pair(row, to + col, kept ? bits : 0u);
   });
 }
 

@@ -15,11 +15,11 @@ namespace fusedres::cuda {
 // Every channel count is a multiple of 8, every pointer aligned to 16 bytes, P = (H - 1) / stride + 1.
 template <typename T>
 struct BottleneckProblem {
-  const T* x;                        // (N, H, W, C)
-  const T *w1, *w2, *w3;             // (F, C), (F, 3, 3, F), (K, F)
-  const T* w_shortcut;               // (K, C), or null: the residual is x
+  const T* x;                          // (N, H, W, C)
+  const T *w1, *w2, *w3;               // (F, C), (F, 3, 3, F), (K, F)
+  const T* w_shortcut;                 // (K, C), or null: the residual is x
   const float *bias1, *bias2, *bias3;  // (F,), (F,), (K,); bias3 includes the projection's
-  T* y;                              // (N, P, Q, K)
+  T* y;                                // (N, P, Q, K)
   int N, H, W, C, F, K, P, Q;
 };
 
@@ -72,8 +72,9 @@ __global__ void __launch_bounds__(kThreads) bottleneck_fprop_kernel(const Bottle
           load_weights(ring.weights(slot), problem.w1, F, C, n0, step * kDepth, C - step * kDepth);
         },
         [&](int, int slot) { gemm_step<kHaloM>(acc, ring.activations(slot), rows, 0, 0, ring.weights(slot)); });
-    store_activations<kHaloM>(acc, a1, n0, {problem.bias1, F, true},
-                              [&](int row) { return row >= Shape::kHalo ? -1 : halo_pixel(row) >= 0 ? 1 : 0; });
+    store_activations<kHaloM>(acc, a1, n0, n0, {problem.bias1, F, true}, [&](int row) {
+      return row >= Shape::kHalo ? -1 : halo_pixel(row) >= 0 ? 1 : 0;
+    });
   }
 
   // conv2 from shared memory, tap by tap; only weights stream.
@@ -96,7 +97,7 @@ __global__ void __launch_bounds__(kThreads) bottleneck_fprop_kernel(const Bottle
             const int tap = step / steps_a_tap, chunk = step % steps_a_tap * (kDepth / device::kChunk);
             gemm_step<kOut>(acc, a1, rows, tap / 3 * kHaloQ + tap % 3, chunk, ring.weights_only(slot));
           });
-      store_activations<kOut>(acc, a2, n0, {problem.bias2, F, true}, [](int) { return 1; });
+      store_activations<kOut>(acc, a2, n0, n0, {problem.bias2, F, true}, [](int) { return 1; });
     }
   }
 

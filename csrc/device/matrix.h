@@ -8,8 +8,8 @@
 
 namespace fusedres::device {
 
-// Four 8x8 matrices of 16-bit elements. Lane i names row i % 8 of matrix i / 8 (16 aligned bytes); lane l gets from each
-// the elements (l / 4, 2 * (l % 4)) and its right neighbour.
+// Four 8x8 matrices of 16-bit elements. Lane i names row i % 8 of matrix i / 8 (16 aligned bytes); lane l gets from
+// each the elements (l / 4, 2 * (l % 4)) and its right neighbour.
 FUSEDRES_DEVICE void load_matrices(uint32_t (&out)[4], const void* row) {
 #ifdef __CUDACC__
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
@@ -55,8 +55,8 @@ FUSEDRES_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], const u
 
 // A warp's (16 * kM16, 8 * kN8) float32 accumulators.
 //
-// Fragment layout of each 16x8 piece: elements 0, 1 are row lane / 4, columns 2 * (lane % 4) and the next; elements 2, 3
-// are the same eight rows below.
+// Fragment layout of each 16x8 piece: elements 0, 1 are row lane / 4, columns 2 * (lane % 4) and the next; elements 2,
+// 3 are the same eight rows below.
 template <int kM16, int kN8>
 struct Accumulators {
   float value[kM16][kN8][4];
@@ -90,21 +90,29 @@ struct Accumulators {
   }
 };
 
-// acc += A * B^T over k16 * 16 columns. `a_row(m)`: the address of 16-byte chunk `c` in the row of A that lane & 15 names
-// in piece m, as a_row(m, c); `b_row(row, c)` the same of B, whose rows are the output's columns.
-template <typename T, int kK16, int kM16, int kN8, typename ARow, typename BRow>
-FUSEDRES_DEVICE void multiply_tiles(Accumulators<kM16, kN8>& acc, const ARow& a_row, const BRow& b_row) {
+struct KeepAll {
+  FUSEDRES_DEVICE void operator()(int /*k16*/, uint32_t (& /*a*/)[4]) const {}
+};
+
+// acc += A * B^T over k16 * 16 columns. `a_row(m)`: the address of 16-byte chunk `c` in the row of A that lane & 15
+// names in piece m, as a_row(m, c); `b_row(row, c)` the same of B, whose rows are the output's columns.
+// `edit(k16, a)` may change a fragment of A before it is used.
+template <typename T, int kK16, int kM16, int kN8, typename ARow, typename BRow, typename Edit = KeepAll>
+FUSEDRES_DEVICE void multiply_tiles(Accumulators<kM16, kN8>& acc, const ARow& a_row, const BRow& b_row,
+                                    const Edit& edit = {}) {
   static_assert(kN8 % 2 == 0, "ldmatrix brings two 8-column pieces of B at a time");
   const int lane = lane_index();
   FUSEDRES_UNROLL
   for (int k = 0; k < kK16; ++k) {
     uint32_t b[kN8 / 2][4];
     FUSEDRES_UNROLL
-    for (int n = 0; n < kN8 / 2; ++n) load_matrices(b[n], b_row(n * 16 + lane / 16 * 8 + lane % 8, k * 2 + lane / 8 % 2));
+    for (int n = 0; n < kN8 / 2; ++n)
+      load_matrices(b[n], b_row(n * 16 + lane / 16 * 8 + lane % 8, k * 2 + lane / 8 % 2));
     FUSEDRES_UNROLL
     for (int m = 0; m < kM16; ++m) {
       uint32_t a[4];
       load_matrices(a, a_row(m, k * 2 + lane / 16));
+      edit(k, a);
       FUSEDRES_UNROLL
       for (int n = 0; n < kN8; ++n) {
         const uint32_t pair[2] = {b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]};

@@ -50,8 +50,8 @@ inline float to_float(bfloat16 x) { return as_float(static_cast<uint32_t>(x.bits
 // Scaling by 2^112 moves the exponent's bias from 15 to 127 and makes subnormals normal, exactly.
 inline float to_float(half x) {
   const uint32_t sign = (x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7fffu;
-  const uint32_t bits = magnitude >= 0x7c00 ? 0x7f800000u | magnitude << 13
-                                            : as_bits(as_float(magnitude << 13) * as_float(0x77800000u));
+  const uint32_t bits =
+      magnitude >= 0x7c00 ? 0x7f800000u | magnitude << 13 : as_bits(as_float(magnitude << 13) * as_float(0x77800000u));
   return as_float(bits | sign);
 }
 

@@ -31,7 +31,8 @@ class SharedArena {
     next_ += whole + emulator::Block::kRedzone;
     used_ += whole;
     if (used_ > block_->shared_bytes) throw std::runtime_error("emulator: more shared memory used than launched with");
-    emulator::Block::fence_shared(reinterpret_cast<char*>(tile) + bytes, whole - bytes + emulator::Block::kRedzone, true);
+    emulator::Block::fence_shared(reinterpret_cast<char*>(tile) + bytes, whole - bytes + emulator::Block::kRedzone,
+                                  true);
     return tile;
   }
 #endif

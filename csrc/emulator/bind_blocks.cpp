@@ -1,5 +1,6 @@
 // Bindings of the kernels that compute a whole block or stem.
 #include "cuda/bottleneck_fprop.h"
+#include "cuda/stem_fprop.h"
 #include "emulator/bindings.h"
 
 namespace fusedres::emulator {
@@ -12,10 +13,23 @@ Totals bottleneck(const std::string& dtype, const std::array<Address, 9>& tensor
     using T = decltype(element);
     const auto& t = tensors;
     const auto& s = sizes;
-    const cuda::BottleneckProblem<T> problem{
-        at<T>(t[0]),     at<T>(t[1]),     at<T>(t[2]), at<T>(t[3]), at<T>(t[4]), at<float>(t[5]),
-        at<float>(t[6]), at<float>(t[7]), at<T>(t[8]), s[0],        s[1],        s[2],
-        s[3],            s[4],            s[5],        s[6],        s[7]};
+    const cuda::BottleneckProblem<T> problem{at<T>(t[0]),
+                                             at<T>(t[1]),
+                                             at<T>(t[2]),
+                                             at<T>(t[3]),
+                                             at<T>(t[4]),
+                                             at<float>(t[5]),
+                                             at<float>(t[6]),
+                                             at<float>(t[7]),
+                                             at<T>(t[8]),
+                                             s[0],
+                                             s[1],
+                                             s[2],
+                                             s[3],
+                                             s[4],
+                                             s[5],
+                                             s[6],
+                                             s[7]};
     Launcher launcher{options};
     if (!cuda::bottleneck_fprop(problem, stride, shared_limit, tile, launcher)) {
       throw std::invalid_argument("no tile fits");
@@ -24,8 +38,26 @@ Totals bottleneck(const std::string& dtype, const std::array<Address, 9>& tensor
   });
 }
 
+// sizes: N H W C K P Q U V; tensors: x w bias y.
+Totals stem(const std::string& dtype, const std::array<Address, 4>& tensors, const std::array<int, 9>& sizes,
+            size_t shared_limit, const Options& options) {
+  return for_dtype(dtype, [&](auto element) {
+    using T = decltype(element);
+    const auto& t = tensors;
+    const auto& s = sizes;
+    const cuda::StemProblem<T> problem{
+        at<T>(t[0]), at<T>(t[1]), at<float>(t[2]), at<T>(t[3]), s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8]};
+    Launcher launcher{options};
+    if (!cuda::stem_fprop(problem, shared_limit, launcher)) throw std::invalid_argument("no tile fits");
+    return totals(launcher.counters, launcher.launches);
+  });
+}
+
 }  // namespace
 
-void bind_blocks(pybind11::module_& module) { module.def("bottleneck_fprop", &bottleneck); }
+void bind_blocks(pybind11::module_& module) {
+  module.def("bottleneck_fprop", &bottleneck);
+  module.def("stem_fprop", &stem);
+}
 
 }  // namespace fusedres::emulator

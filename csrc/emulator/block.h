@@ -39,7 +39,7 @@ struct Thread {
   bool exited = false;
   const char* waits_for = nullptr;
   Fiber fiber;
-  std::vector<AsyncCopy> open;               // issued since the last commit
+  std::vector<AsyncCopy> open;                // issued since the last commit
   std::deque<std::vector<AsyncCopy>> groups;  // committed, oldest first
   int64_t barriers = 0, waits = 0;
 };
@@ -160,7 +160,8 @@ class Block {
   // Between two tiles of dynamic shared memory lies a zone that only the emulator has and nobody may touch.
   static constexpr size_t kRedzone = 128, kMostTiles = 32;
   unsigned char* shared() const { return shared_.get(); }
-  static void fence_shared([[maybe_unused]] void* zone, [[maybe_unused]] size_t bytes, [[maybe_unused]] bool on = false) {
+  static void fence_shared([[maybe_unused]] void* zone, [[maybe_unused]] size_t bytes,
+                           [[maybe_unused]] bool on = false) {
 #ifdef __SANITIZE_ADDRESS__
     if (on) {
       __asan_poison_memory_region(zone, bytes);
@@ -247,7 +248,8 @@ class Block {
 
   // Each lane that can run does, up to where it waits; in a seeded order they begin anywhere and some have to wait.
   void run_lanes(int warp) {
-    const uint32_t chosen = options.order == Order::seeded ? static_cast<uint32_t>(random_()) | 1u << random_() % 32 : ~0u;
+    const uint32_t chosen =
+        options.order == Order::seeded ? static_cast<uint32_t>(random_()) | 1u << random_() % 32 : ~0u;
     const int first = options.order == Order::seeded ? static_cast<int>(random_() % kWarpSize) : 0;
     for (int i = 0; i < kWarpSize && !error_; ++i) {
       const int lane = options.order == Order::reverse ? kWarpSize - 1 - i : (first + i) % kWarpSize;

@@ -17,10 +17,13 @@
 #define gridDim (::fusedres::emulator::current->block->grid)
 
 // A variable of a block. Its tag is the address of a static of its own lambda, so every instantiation has its own.
-#define FUSEDRES_SHARED(type, name)                                                                      \
-  type& name = *static_cast<std::remove_reference_t<type>*>(                                             \
-      ::fusedres::emulator::current->block->static_shared([] { static const char tag = 0; return &tag; }(), \
-                                                          sizeof(type)))
+#define FUSEDRES_SHARED(type, name)                                                                              \
+  type& name = *static_cast<std::remove_reference_t<type>*>(::fusedres::emulator::current->block->static_shared( \
+      [] {                                                                                                       \
+        static const char tag = 0;                                                                               \
+        return &tag;                                                                                             \
+      }(),                                                                                                       \
+      sizeof(type)))
 
 inline void __syncthreads() { fusedres::emulator::current->block->block_barrier(); }
 

@@ -15,8 +15,9 @@ namespace {
 
 emulator::Options options(const std::string& order, uint64_t seed) {
   emulator::Options result;
-  result.order = order == "reverse" ? emulator::Order::reverse
-                                    : order == "seeded" ? emulator::Order::seeded : emulator::Order::forward;
+  result.order = order == "reverse"  ? emulator::Order::reverse
+                 : order == "seeded" ? emulator::Order::seeded
+                                     : emulator::Order::forward;
   result.seed = seed;
   return result;
 }
@@ -88,7 +89,7 @@ float async_sum(bool wait) {
   alignas(16) float source[16];
   for (int i = 0; i < 16; ++i) source[i] = static_cast<float>(i);
   float sum = 0;
-  run(1, 1, 64, "forward", 0, [&] {
+  run(1, 1, 128, "forward", 0, [&] {
     float* shared = SharedArena().take<float>(16);
     for (int i = 0; i < 16; i += 4) copy_async(shared + i, source + i, true);
     commit_copies();
@@ -137,7 +138,7 @@ void take_shared(int asked, size_t launched_with) {
 
 void unfinished_copy() {
   alignas(16) const float source[4] = {};
-  run(1, 1, 64, "forward", 0, [&] {
+  run(1, 1, 128, "forward", 0, [&] {
     copy_async(SharedArena().take<float>(4), source, true);
     commit_copies();
   });
@@ -145,7 +146,7 @@ void unfinished_copy() {
 
 void misaligned_copy() {
   alignas(16) const float source[8] = {};
-  run(1, 1, 64, "forward", 0, [&] { copy_async(SharedArena().take<float>(4), source + 1, true); });
+  run(1, 1, 128, "forward", 0, [&] { copy_async(SharedArena().take<float>(4), source + 1, true); });
 }
 
 // Only half of a warp comes to a shuffle of the whole warp.
@@ -227,7 +228,7 @@ std::vector<int> atomics(int blocks, const std::string& order, uint64_t seed) {
 // (a static shared variable, dynamic shared memory) before anything is written.
 std::vector<float> untouched() {
   std::vector<float> seen(2);
-  run(1, 1, 64, "forward", 0, [&] {
+  run(1, 1, 128, "forward", 0, [&] {
     FUSEDRES_SHARED(float, variable);
     seen = {variable, *SharedArena().take<float>(1)};
   });
