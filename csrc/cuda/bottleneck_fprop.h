@@ -36,7 +36,7 @@ struct BottleneckTile {
 };
 
 template <typename T, int kStride, int kTileP, int kTileQ>
-__global__ void __launch_bounds__(kThreads) bottleneck_fprop_kernel(const BottleneckProblem<T> problem) {
+__global__ void __launch_bounds__(kThreads, 1) bottleneck_fprop_kernel(const BottleneckProblem<T> problem) {
   using Shape = BottleneckTile<kStride, kTileP, kTileQ>;
   constexpr int kHaloM = Shape::kHaloM, kHaloQ = Shape::kHaloQ, kOut = Shape::kOut;
   using HaloGrid = WarpGrid<kHaloM>;

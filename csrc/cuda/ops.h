@@ -16,6 +16,12 @@ torch::stable::Tensor bottleneck_fprop(const torch::stable::Tensor& x, const tor
                                        const torch::stable::Tensor& bias3,
                                        const std::optional<torch::stable::Tensor>& w_shortcut, int64_t stride);
 
+// x (N, C, H, W), w1 (F, C, 3, 3), w2 (F, F, 3, 3), w_shortcut (F, C, 1, 1) or none, as above.
+torch::stable::Tensor basic_block_fprop(const torch::stable::Tensor& x, const torch::stable::Tensor& w1,
+                                        const torch::stable::Tensor& bias1, const torch::stable::Tensor& w2,
+                                        const torch::stable::Tensor& bias2,
+                                        const std::optional<torch::stable::Tensor>& w_shortcut, int64_t stride);
+
 // x (N, C <= 4, H, W), w (K, 4, 7, 8): the conv's weight, channels and columns padded with zeros. bias (K,) float32.
 torch::stable::Tensor stem_fprop(const torch::stable::Tensor& x, const torch::stable::Tensor& w,
                                  const torch::stable::Tensor& bias);

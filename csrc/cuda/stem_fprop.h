@@ -49,7 +49,7 @@ FUSEDRES_DEVICE void load_patch(T* patch, const T* image, int H, int W, int C, i
 }
 
 template <typename T, int kTileP, int kTileQ>
-__global__ void __launch_bounds__(kThreads) stem_fprop_kernel(const StemProblem<T> problem) {
+__global__ void __launch_bounds__(kThreads, 1) stem_fprop_kernel(const StemProblem<T> problem) {
   using Shape = StemTile<kTileP, kTileQ>;
   using Grid = WarpGrid<Shape::kM>;
   const int P = problem.P, Q = problem.Q, K = problem.K, U = problem.U, V = problem.V;

@@ -1,4 +1,5 @@
 // Bindings of the kernels that compute a whole block or stem.
+#include "cuda/basic_block_fprop.h"
 #include "cuda/bottleneck_fprop.h"
 #include "cuda/stem_fprop.h"
 #include "emulator/bindings.h"
@@ -38,6 +39,34 @@ Totals bottleneck(const std::string& dtype, const std::array<Address, 9>& tensor
   });
 }
 
+// sizes: N H W C F P Q stride; tensors: x w1 w2 w_shortcut bias1 bias2 y.
+Totals basic_block(const std::string& dtype, const std::array<Address, 7>& tensors, const std::array<int, 8>& sizes,
+                   size_t shared_limit, int tile, const Options& options) {
+  return for_dtype(dtype, [&](auto element) {
+    using T = decltype(element);
+    const auto& t = tensors;
+    const auto& s = sizes;
+    const cuda::BasicBlockProblem<T> problem{at<T>(t[0]),
+                                             at<T>(t[1]),
+                                             at<T>(t[2]),
+                                             at<T>(t[3]),
+                                             at<float>(t[4]),
+                                             at<float>(t[5]),
+                                             at<T>(t[6]),
+                                             s[0],
+                                             s[1],
+                                             s[2],
+                                             s[3],
+                                             s[4],
+                                             s[5],
+                                             s[6],
+                                             s[7]};
+    Launcher launcher{options};
+    if (!cuda::basic_block_fprop(problem, shared_limit, tile, launcher)) throw std::invalid_argument("no tile fits");
+    return totals(launcher.counters, launcher.launches);
+  });
+}
+
 // sizes: N H W C K P Q U V; tensors: x w bias y.
 Totals stem(const std::string& dtype, const std::array<Address, 4>& tensors, const std::array<int, 9>& sizes,
             size_t shared_limit, const Options& options) {
@@ -57,6 +86,7 @@ Totals stem(const std::string& dtype, const std::array<Address, 4>& tensors, con
 
 void bind_blocks(pybind11::module_& module) {
   module.def("bottleneck_fprop", &bottleneck);
+  module.def("basic_block_fprop", &basic_block);
   module.def("stem_fprop", &stem);
 }
 

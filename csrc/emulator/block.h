@@ -75,6 +75,8 @@ class Block {
     shared_.reset(static_cast<unsigned char*>(std::aligned_alloc(1024, (allocation() + 1023) / 1024 * 1024)));
   }
 
+  ~Block() { fence_shared(shared_.get(), allocation()); }  // the allocator's next user knows of no zones
+
   // Runs every thread of the block at `index` to its end.
   void run(Dim3 index, const std::function<void()>& kernel) {
     this->index = index;

@@ -43,10 +43,19 @@ class Stack {
   Stack(Stack&& other) noexcept : base_(other.base_) { other.base_ = nullptr; }
   Stack(const Stack&) = delete;
   ~Stack() {
-    if (base_) munmap(base_, kGuard + kBytes);
+    if (!base_) return;
+    forget_frames();
+    munmap(base_, kGuard + kBytes);
   }
   char* bottom() const { return static_cast<char*>(base_) + kGuard; }
   char* top() const { return bottom() + kBytes; }
+
+  // Frames that were left and never returned from keep their redzones poisoned, also for the next user of the address.
+  void forget_frames() const {
+#ifdef __SANITIZE_ADDRESS__
+    __asan_unpoison_memory_region(bottom(), kBytes);
+#endif
+  }
 
  private:
   void* base_;
@@ -72,9 +81,7 @@ class Fiber {
     stack_ = &stack;
     entry_ = entry;
     argument_ = argument;
-#ifdef __SANITIZE_ADDRESS__
-    __asan_unpoison_memory_region(stack.bottom(), Stack::kBytes);  // abandoned frames of the stack's last user
-#endif
+    stack.forget_frames();
 #ifdef FUSEDRES_UCONTEXT
     getcontext(&context_);
     context_.uc_stack.ss_sp = stack.bottom();

@@ -93,3 +93,31 @@ def stem_fprop(x: Tensor, w: Tensor, bias: Tensor, run: Any = None) -> tuple[Ten
     ]
     sizes = [n, h, w_, c, k, p, q, u, v]
     return y, load("fusedres_emulator").stem_fprop(name_of(dtype), tensors, sizes, SHARED_LIMIT, run or options())
+
+
+def basic_block_fprop(
+    x: Tensor,
+    convs: list[tuple[Tensor, Tensor]],
+    w_shortcut: Tensor | None,
+    stride: int,
+    run: Any = None,
+    tile: int = -1,
+    shared_limit: int = SHARED_LIMIT,
+) -> tuple[Tensor, dict[str, int]]:
+    """``y`` and the totals of the launch. ``convs``: (w, bias) of conv1, conv2."""
+    (w1, b1), (w2, b2) = convs
+    (n, c, h, w), f, dtype, f32 = x.shape, w1.shape[0], x.dtype, torch.float32
+    p, q = (h - 1) // stride + 1, (w - 1) // stride + 1
+    y = poisoned(dtype, n, f, p, q)
+    tensors = [
+        address(x, dtype, n, c, h, w),
+        address(w1, dtype, f, c, 3, 3),
+        address(w2, dtype, f, f, 3, 3),
+        address(w_shortcut, dtype, f, c, 1, 1),
+        address(b1, f32, f),
+        address(b2, f32, f),
+        address(y, dtype, n, f, p, q),
+    ]
+    sizes = [n, h, w, c, f, p, q, stride]
+    call = load("fusedres_emulator").basic_block_fprop
+    return y, call(name_of(dtype), tensors, sizes, shared_limit, tile, run or options())
