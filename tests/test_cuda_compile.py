@@ -1,4 +1,4 @@
-"""The CUDA kernels through nvcc for every supported architecture: they compile, nothing spills, registers are bounded."""
+"""The CUDA kernels through nvcc for every supported architecture: nothing spills, registers are bounded."""
 
 from __future__ import annotations
 

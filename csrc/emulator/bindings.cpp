@@ -1,11 +1,7 @@
 // The Python module of emulated kernels: options and totals of a launch; the kernels come from their families' files.
 #include "emulator/bindings.h"
 
-#ifndef FUSEDRES_MODULE
-#define FUSEDRES_MODULE fusedres_emulator
-#endif
-
-PYBIND11_MODULE(FUSEDRES_MODULE, module) {
+PYBIND11_MODULE(fusedres_emulator, module) {
   using namespace fusedres::emulator;
   namespace py = pybind11;
   py::enum_<Order>(module, "Order")
@@ -20,6 +16,7 @@ PYBIND11_MODULE(FUSEDRES_MODULE, module) {
       .def_readwrite("drop_barrier", &Options::drop_barrier)
       .def_readwrite("drop_wait", &Options::drop_wait)
       .def_readwrite("swap_fragments", &Options::swap_fragments);
-  bind_blocks(module);
-  bind_tails(module);
+  bind_bottleneck(module);
+  bind_basic_block(module);
+  bind_stem(module);
 }

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 COMPILER = os.environ.get("CXX", "g++")
 FLAGS = ("-std=c++17", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-pthread")
-SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O1", "-g1")
+SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O1")
 MODULES = {
     "fusedres_emulator": CSRC / "emulator",
     "emulator_probes": Path(__file__).parent,

@@ -1,4 +1,4 @@
-"""The basic-block kernel, emulated: a whole eval block in one launch, as accurate as eager, whatever the thread order."""
+"""The basic-block kernel, emulated: an eval block in one launch, as accurate as eager, whatever the thread order."""
 
 from __future__ import annotations
 

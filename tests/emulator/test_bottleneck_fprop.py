@@ -1,4 +1,4 @@
-"""The bottleneck kernel, emulated: a whole eval block in one launch, as accurate as eager, whatever the thread order."""
+"""The bottleneck kernel, emulated: an eval block in one launch, as accurate as eager, whatever the thread order."""
 
 from __future__ import annotations
 
