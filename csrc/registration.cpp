@@ -4,6 +4,9 @@
 #include "cpu/conv.h"
 #include "cpu/ops.h"
 #include "cpu/wgrad.h"
+#ifdef USE_CUDA
+#include "cuda/ops.h"
+#endif
 
 STABLE_TORCH_LIBRARY_IMPL(fusedres_cpu, CPU, m) {
   using namespace fusedres::cpu;
@@ -24,3 +27,18 @@ STABLE_TORCH_LIBRARY_IMPL(fusedres_cpu, CPU, m) {
   m.impl("max_abs", TORCH_BOX(&max_abs));
   m.impl("fingerprint", TORCH_BOX(&fingerprint));
 }
+
+#ifdef USE_CUDA
+STABLE_TORCH_LIBRARY_IMPL(fusedres_cuda, CUDA, m) {
+  using namespace fusedres::cuda;
+  m.impl("bottleneck_fprop", TORCH_BOX(&bottleneck_fprop));
+  m.impl("basic_block_fprop", TORCH_BOX(&basic_block_fprop));
+  m.impl("stem_fprop", TORCH_BOX(&stem_fprop));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fusedres_cuda, CompositeExplicitAutograd, m) {
+  using namespace fusedres::cuda;
+  m.impl("bottleneck_shared_bytes", TORCH_BOX(&bottleneck_shared_bytes));
+  m.impl("basic_block_shared_bytes", TORCH_BOX(&basic_block_shared_bytes));
+}
+#endif

@@ -7,6 +7,7 @@ environment variable ``FUSEDRES_ENGINE`` put one engine first; what it cannot do
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,13 +16,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fusedres.engines import Engine
+from fusedres.engines import Engine, EvalChain, FoldedConv
 from fusedres.engines.cpu import CPU
+from fusedres.engines.cuda import CUDA
 from fusedres.engines.reference import REFERENCE
 from fusedres.engines.triton import TRITON
 
 #: Every engine, the preferred first. The last one can do everything.
-ENGINES: dict[str, Engine] = {engine.name: engine for engine in (TRITON, CPU, REFERENCE)}
+ENGINES: dict[str, Engine] = {engine.name: engine for engine in (CUDA, TRITON, CPU, REFERENCE)}
 
 _forced: ContextVar[str | None] = ContextVar("fusedres_engine", default=None)
 _meta_stands_for: ContextVar[str] = ContextVar("fusedres_meta_stands_for", default="meta")
@@ -95,7 +97,7 @@ def closes_units(device_type: str, dtype: torch.dtype) -> bool:
 @functools.cache
 def _choose(op: str, device_type: str, dtype: torch.dtype, first: str | None) -> Choice:
     passed_over: list[tuple[str, str]] = []
-    for candidate in sorted(ENGINES.values(), key=lambda e: e.name != first):
+    for candidate in _preferred(first):
         reason = candidate.rejects(op, device_type, dtype)
         if reason is None and candidate.name != first:
             reason = candidate.only_by_name(device_type)
@@ -103,6 +105,24 @@ def _choose(op: str, device_type: str, dtype: torch.dtype, first: str | None) ->
             return Choice(candidate, tuple(passed_over))
         passed_over.append((candidate.name, reason))
     raise RuntimeError(f"no engine computes {op} for {dtype} on {device_type}: {passed_over}")
+
+
+def _preferred(first: str | None) -> list[Engine]:
+    """All engines in order of preference, the one named ``first`` before the others."""
+    return sorted(ENGINES.values(), key=lambda e: e.name != first)
+
+
+def choose_folded(chain: EvalChain[FoldedConv]) -> Choice:
+    """The engine that runs a folded chain: the first that has a way of its own, at the latest the one of its convs."""
+    w = chain.convs[0].w
+    of_convs = choose("conv_fprop", w.device.type, w.dtype).engine
+    passed_over: list[tuple[str, str]] = []
+    for candidate in itertools.takewhile(lambda engine: engine is not of_convs, _preferred(forced())):
+        reason = candidate.folded_reason(chain)
+        if reason is None:
+            return Choice(candidate, tuple(passed_over))
+        passed_over.append((candidate.name, reason))
+    return Choice(of_convs, tuple(passed_over))
 
 
 def caller(op: str) -> Callable[..., Any]:

@@ -9,6 +9,8 @@ from torch import nn
 
 from fusedres import dispatch
 from fusedres.blocks import FusedBasicBlock, FusedBottleneck
+from fusedres.engines import EvalChain, FoldedConv
+from fusedres.functional import unit_spec
 from fusedres.inspection import checked_module
 from fusedres.layers import FusedConvBNReLU
 
@@ -19,14 +21,15 @@ _OPS = ("conv_fprop", "conv_dgrad", "conv_wgrad", "scale_shift_add_relu", "drelu
 class Row(NamedTuple):
     """One fused module of a model.
 
-    ``engine`` is the engine of its convolutions, or "eager" where its modules run one by one. ``reason`` says why they
-    do, why preferred engines were passed over for some op, and why a downsample runs by itself; it is empty where
-    nothing does.
+    ``engine`` is the engine of its convolutions, or "eager" where its modules run one by one; ``folded`` the one that
+    runs it in eval without gradients, BN folded. ``reason`` says why modules run one by one, why preferred engines were
+    passed over for some op or for the folded form, and why a downsample runs by itself; it is empty where nothing does.
     """
 
     name: str
     kind: str
     engine: str
+    folded: str
     reason: str
 
 
@@ -43,11 +46,22 @@ def _row(name: str, module: FusedBasicBlock | FusedBottleneck | FusedConvBNReLU)
     kind = type(module).__name__
     reason = module.reason()
     if reason is not None:
-        return Row(name, kind, "eager", reason)
+        return Row(name, kind, "eager", "eager", reason)
     weight = next(module.parameters(), torch.empty(0))
     choices = [dispatch.choose(op, weight.device.type, weight.dtype) for op in _OPS]
-    reasons = [f"{engine}: {why}" for choice in choices for engine, why in choice.passed_over]
+    folded = dispatch.choose_folded(_outline(module))
+    reasons = [f"{engine}: {why}" for choice in (*choices, folded) for engine, why in choice.passed_over]
     downsample_reason = None if isinstance(module, FusedConvBNReLU) else module.downsample_reason()
     if downsample_reason is not None:
         reasons.append(f"downsample: {downsample_reason}")
-    return Row(name, kind, choices[0].engine.name, "; ".join(dict.fromkeys(reasons)))
+    return Row(name, kind, choices[0].engine.name, folded.engine.name, "; ".join(dict.fromkeys(reasons)))
+
+
+def _outline(module: FusedBasicBlock | FusedBottleneck | FusedConvBNReLU) -> EvalChain[FoldedConv]:
+    """The kind of chain that the module folds to, with its weights as they are: engines look at their sizes alone."""
+    convs = tuple(FoldedConv(pair.conv.weight, None, *unit_spec(pair).conv) for pair in module.pairs)
+    if isinstance(module, FusedConvBNReLU):
+        return EvalChain(convs, None, False, isinstance(module.relu, nn.ReLU))
+    pair = module.projection
+    projection = FoldedConv(pair.conv.weight, None, *unit_spec(pair).conv) if pair else None
+    return EvalChain(convs, projection, module.downsample is None, True)

@@ -10,11 +10,13 @@ call. ``freeze`` lets every engine keep folded weights, and does without the fin
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedres import autocast, dispatch, native, ops
@@ -22,7 +24,7 @@ from fusedres.engines import ConvT, Engine, EvalChain, EvalRun, FoldedConv, Live
 from fusedres.guards import Guard, all_hold
 from fusedres.inspection import checked_module, is_traced
 from fusedres.layout import acc_dtype
-from fusedres.specs import ChainSpec, UnitSpec
+from fusedres.specs import ChainSpec, PoolSpec, UnitSpec
 
 if TYPE_CHECKING:
     from fusedres.functional import ConvBN
@@ -105,21 +107,24 @@ def _tensors(pairs: Sequence[ConvBN]) -> list[Tensor]:
     return [t for pair in pairs for t in _sources(pair) if t is not None]
 
 
-def run(spec: ChainSpec, x: Tensor, residual: Tensor | None, pairs: Sequence[ConvBN]) -> Tensor:
-    """The chain folded: ``x`` (N, C, H, W) -> (N, K, P, Q), both channels_last."""
+def run(
+    spec: ChainSpec, x: Tensor, residual: Tensor | None, pairs: Sequence[ConvBN], pool: PoolSpec | None = None
+) -> Tensor:
+    """The chain folded, and a max-pool behind it: ``x`` (N, C, H, W) -> (N, K, P, Q), both channels_last."""
     if torch.compiler.is_compiling() or x.is_meta:  # no bytes to be checked, nothing to be packed
-        return _run_ops(_fold(spec, pairs, x.dtype), x, residual)
+        return _run_ops(_fold(spec, pairs, pool, x.dtype), x, residual)
     conv = pairs[0].conv
-    key = spec, x.shape, x.dtype, x.device
+    key = spec, pool, x.shape, x.dtype, x.device
     live = None if conv in _frozen else _engine(x).compile_live(_live(spec, pairs), x.dtype)
     if live is not None:
+        live = _pooled(live, pool)
         _entries[conv] = _Entry(key, None, live)
         return live(x, residual)
     state = _state(conv, _tensors(pairs))
     entry = _entries.get(conv)
     if entry is None or state is None or entry.key != key or entry.state != state:
         _entries.pop(conv, None)
-        entry = _Entry(key, state, _compile(_fold(spec, pairs, x.dtype), x))
+        entry = _Entry(key, state, _compile(_fold(spec, pairs, pool, x.dtype), x))
         if state is not None:
             _entries[conv] = entry
     return entry.run(x, residual)
@@ -155,7 +160,7 @@ def remember(
     entry = _entries.get(conv)
     is_other_tensor = isinstance(shortcut, Tensor) and shortcut is not x
     # Another thread may have left an entry of its own.
-    is_ours = entry is not None and entry.key[1:] == (x.shape, x.dtype, x.device)
+    is_ours = entry is not None and entry.key[2:] == (x.shape, x.dtype, x.device)
     if entry is None or not is_ours or is_other_tensor or not _may_recall(x):
         _recalled.pop(conv, None)
         return
@@ -211,8 +216,9 @@ def _live_conv(unit: UnitSpec, pair: ConvBN) -> LiveConv:
     return LiveConv(conv.weight, *vectors, unit.eps, *unit.conv)
 
 
-def _fold(spec: ChainSpec, pairs: Sequence[ConvBN], dtype: torch.dtype) -> EvalChain[FoldedConv]:
-    return _chain(spec, [_fold_conv(unit, pair, dtype) for unit, pair in zip(_units(spec), pairs, strict=True)])
+def _fold(spec: ChainSpec, pairs: Sequence[ConvBN], pool: PoolSpec | None, dtype: torch.dtype) -> EvalChain[FoldedConv]:
+    convs = [_fold_conv(unit, pair, dtype) for unit, pair in zip(_units(spec), pairs, strict=True)]
+    return replace(_chain(spec, convs), pool=pool)
 
 
 def _fold_conv(unit: UnitSpec, pair: ConvBN, dtype: torch.dtype) -> FoldedConv:
@@ -230,18 +236,29 @@ def _engine(x: Tensor) -> Engine:
 
 
 def _compile(chain: EvalChain[FoldedConv], x: Tensor) -> EvalRun:
-    return _engine(x).compile_folded(chain, x.shape) or (lambda x, residual: _run_ops(chain, x, residual))
+    run = dispatch.choose_folded(chain).engine.compile_folded(chain, x.shape)
+    if run is not None:
+        return run
+    if chain.pool is None:
+        return lambda x, residual: _run_ops(chain, x, residual)
+    return _pooled(_compile(replace(chain, pool=None), x), chain.pool)
+
+
+def _pooled(run: EvalRun, pool: tuple[int, int, int] | None) -> EvalRun:
+    """``run`` and, where there is one, the pool behind it in a launch of its own."""
+    return run if pool is None else lambda x, residual: F.max_pool2d(run(x, residual), *pool)
 
 
 def _run_ops(chain: EvalChain[FoldedConv], x: Tensor, residual: Tensor | None) -> Tensor:
-    """One ``conv_fprop`` a conv, bias, shortcut and ReLU in its epilogue."""
+    """One ``conv_fprop`` a conv, bias, shortcut and ReLU in its epilogue; the pool apart."""
     if chain.projection is not None:
         residual = _run_conv(chain.projection, x, None, False)
     elif chain.identity:
         residual = x
     for conv in chain.convs[:-1]:
         x = _run_conv(conv, x, None, True)
-    return _run_conv(chain.convs[-1], x, residual, chain.relu)
+    y = _run_conv(chain.convs[-1], x, residual, chain.relu)
+    return y if chain.pool is None else F.max_pool2d(y, *chain.pool)
 
 
 def _run_conv(conv: FoldedConv, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:

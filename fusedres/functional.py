@@ -231,15 +231,27 @@ def stem(x: Tensor, conv: nn.Conv2d, bn: nn.Module, relu: nn.Module, maxpool: nn
     x: (N, C, H, W) as in ``conv_bn_relu``. Returns (N, K, P, Q), channels_last whatever that of ``x``, so that the
     network behind it stays so.
     """
-    pair = ConvBN(conv, bn)
-    is_fusable = _is_fusable_input(x, [pair])
-    x = channels_last(x) if is_fusable else x
-    is_fusable = is_fusable and pool_reason(maxpool) is None and chain_reason([pair], [relu]) is None
-    if is_fusable and isinstance(maxpool, nn.MaxPool2d):
-        entering, unit = _entering(x), unit_spec(pair)
-        _check(x, [pair], [unit], None)
-        if not folding.serves(ChainSpec((unit,), None, "none", True, "standard"), entering, None, [pair]):
-            pool = PoolSpec(*(as_pair(v)[0] for v in (maxpool.kernel_size, maxpool.stride, maxpool.padding)))
-            with autocast.suspended(x.device.type):
-                return stem_chain(unit, pool, entering, _cast(unit_tensors(pair), entering.dtype))
-    return maxpool(conv_bn_relu(x, conv, bn, relu))
+    pair, activations = ConvBN(conv, bn), [relu, maxpool]
+    if not _is_fusable_input(x, [pair]):
+        return maxpool(conv_bn_relu(x, conv, bn, relu))
+    x = channels_last(x)
+    recalled = folding.recall(x, [pair], None, True, activations)
+    if recalled is not None:
+        return recalled
+    if pool_reason(maxpool) is not None or chain_reason([pair], [relu]) is not None:
+        return maxpool(conv_bn_relu(x, conv, bn, relu))
+    unit, pool, entering = unit_spec(pair), _pool_spec(maxpool), _entering(x)
+    _check(x, [pair], [unit], None)
+    with autocast.suspended(x.device.type):
+        spec = ChainSpec((unit,), None, "none", True, "standard")
+        if not folding.serves(spec, entering, None, [pair]):
+            return stem_chain(unit, pool, entering, _cast(unit_tensors(pair), entering.dtype))
+        y = folding.run(spec, entering, None, [pair], pool)
+    if entering is x:
+        folding.remember(x, [pair], None, True, activations)
+    return y
+
+
+def _pool_spec(pool: nn.Module) -> PoolSpec:
+    """Of a max-pool that ``pool_reason`` does not refuse."""
+    return PoolSpec(*(as_pair(v)[0] for v in (pool.kernel_size, pool.stride, pool.padding)))  # type: ignore[arg-type]

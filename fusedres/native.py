@@ -1,9 +1,9 @@
 """The native library: its schemas, and where it is loaded from.
 
 Schemas live here, so that they exist without the library; csrc/registration.cpp adds the implementations. These are the
-leaf kernels of the ``cpu`` engine (fusedres/engines/cpu.py), not a public interface: activations must be dense
+leaf kernels of the engines ``cpu`` and ``cuda`` (fusedres/engines), not a public interface: activations must be dense
 channels_last and of one dtype, vectors contiguous and of the accumulation dtype; whatever else raises RuntimeError.
-Shapes and names are those of ``fusedres.ops``.
+Shapes and names are those of ``fusedres.ops``. The CUDA kernels are in the library where it was built with them.
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ from pathlib import Path
 
 import torch
 
-_library = torch.library.Library("fusedres_cpu", "DEF")
-
-_SCHEMAS = (
+_CPU_SCHEMAS = (
     # z (N, K, H, W) -> stats (3, K), single pass from memory, tiles merged pairwise in a fixed order.
     "channel_stats(Tensor z) -> Tensor",
     "scale_shift_add_relu(Tensor z, Tensor bn, Tensor? residual, Tensor? residual_bn, bool relu) -> Tensor",
@@ -50,8 +48,25 @@ _SCHEMAS = (
     # A 64-bit fingerprint of every byte of the tensors, in order: int64 scalar tensor.
     "fingerprint(Tensor[] tensors) -> Tensor",
 )
-for _schema in _SCHEMAS:
-    _library.define(_schema)
+
+#: Blocks with folded BN (csrc/cuda/ops.h): float16 | bfloat16 activations and weights, 16-byte aligned, float32 biases.
+_CUDA_SCHEMAS = (
+    "bottleneck_fprop(Tensor x, Tensor w1, Tensor bias1, Tensor w2, Tensor bias2, Tensor w3, Tensor bias3,"
+    " Tensor? w_shortcut, int stride) -> Tensor",
+    "basic_block_fprop(Tensor x, Tensor w1, Tensor bias1, Tensor w2, Tensor bias2, Tensor? w_shortcut, int stride)"
+    " -> Tensor",
+    # w (K, 4, 7, 8): the conv's (K, C <= 4, 7, 7), padded with zeros. Then ReLU and a 3x3 max-pool of stride 2.
+    "stem_fprop(Tensor x, Tensor w, Tensor bias) -> Tensor",
+    # Bytes of shared memory that a thread block needs at least.
+    "bottleneck_shared_bytes(int width, int stride) -> int",
+    "basic_block_shared_bytes(int width) -> int",
+)
+
+_SCHEMAS = {"cpu": _CPU_SCHEMAS, "cuda": _CUDA_SCHEMAS}
+_libraries = {device_type: torch.library.Library(f"fusedres_{device_type}", "DEF") for device_type in _SCHEMAS}
+for _device_type, _library in _libraries.items():
+    for _schema in _SCHEMAS[_device_type]:
+        _library.define(_schema)
 
 
 def library_path() -> Path | None:
@@ -59,19 +74,32 @@ def library_path() -> Path | None:
     return next(iter(sorted(Path(__file__).parent.glob("_native*.so"))), None)
 
 
-def _load() -> str | None:
-    """Load the library; None, or why there is none."""
+def _load() -> dict[str, str | None]:
+    """Load the library; why it has no kernels for the device types "cpu" and "cuda", None where it has."""
     path = library_path()
-    if path is None:
-        return "the native library was not built (no C++ compiler at install time?); reinstall with one to get it"
-    try:
-        torch.ops.load_library(str(path))
-    except OSError as error:
-        return f"{path.name} does not load: {error}"
-    names = (f"fusedres_cpu::{schema.partition('(')[0]}" for schema in _SCHEMAS)
-    absent = [name for name in names if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")]
-    return f"{path.name} was built from other sources, it lacks {', '.join(absent)}; build it again" if absent else None
+    reason = "the native library was not built (no C++ compiler at install time?); reinstall with one to get it"
+    if path is not None:
+        try:
+            torch.ops.load_library(str(path))
+            return {"cpu": _absent(path, "cpu"), "cuda": _absent(path, "cuda")}
+        except OSError as error:
+            reason = f"{path.name} does not load: {error}"
+    return {"cpu": reason, "cuda": reason}
 
 
-#: None where the native library is loaded, else the reason why it is not.
-missing: str | None = _load()
+def _absent(path: Path, device_type: str) -> str | None:
+    """Which kernels for tensors of a device type the loaded library lacks, and what helps; None where it has all."""
+    names = [schema.partition("(")[0] for schema in _SCHEMAS[device_type] if "(Tensor" in schema]
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    absent = [name for name in names if not has_kernel(f"fusedres_{device_type}::{name}", device_type.upper())]
+    if not absent:
+        return None
+    if device_type == "cuda" and absent == names:
+        return f"{path.name} was built without CUDA kernels; build it where nvcc and a GPU are, or with FORCE_CUDA=1"
+    return f"{path.name} was built from other sources, it lacks {', '.join(absent)}; build it again"
+
+
+_reasons = _load()
+#: None where the native library is loaded, else the reason why it is not; and the same of its CUDA kernels.
+missing: str | None = _reasons["cpu"]
+missing_cuda: str | None = _reasons["cuda"]

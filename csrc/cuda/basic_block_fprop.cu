@@ -53,4 +53,9 @@ Tensor basic_block_fprop(const Tensor& x, const Tensor& w1, const Tensor& bias1,
   return y;
 }
 
+int64_t basic_block_shared_bytes(int64_t width) {
+  require(width > 0 && width < (1 << 20), "width is ", width);
+  return static_cast<int64_t>(basic_block_shared_bytes(static_cast<int>(width)));
+}
+
 }  // namespace fusedres::cuda

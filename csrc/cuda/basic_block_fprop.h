@@ -130,6 +130,9 @@ __global__ void __launch_bounds__(kThreads, 1) basic_block_fprop_kernel(const Ba
       });
 }
 
+// Dynamic shared memory of the smallest tile, in bytes.
+inline size_t basic_block_shared_bytes(int F) { return BasicBlockTile<8, 8>::shared_bytes<device::half>(F); }
+
 // Launches the kernel with the largest tile that fits `shared_limit` bytes, or with `choice` (0: 8x16, 1: 8x8) where it
 // is not negative; false, and no launch, where none fits.
 template <typename T, typename Launch>

@@ -57,4 +57,9 @@ Tensor bottleneck_fprop(const Tensor& x, const Tensor& w1, const Tensor& bias1, 
   return y;
 }
 
+int64_t bottleneck_shared_bytes(int64_t width, int64_t stride) {
+  require(width > 0 && width < (1 << 20) && (stride == 1 || stride == 2), "width is ", width, ", stride ", stride);
+  return static_cast<int64_t>(bottleneck_shared_bytes(static_cast<int>(width), static_cast<int>(stride)));
+}
+
 }  // namespace fusedres::cuda

@@ -146,6 +146,8 @@ __global__ void __launch_bounds__(kThreads, 1) bottleneck_fprop_kernel(const Bot
 
 // The tiles that are compiled, by stride: a larger one repeats less of the halo and reads the weights less often, a
 // smaller one needs less shared memory. `choice` 0 is the larger.
+constexpr int kBottleneckTiles = 2;
+
 template <typename T, typename Use>
 bool with_bottleneck_tile(int stride, int choice, const Use& use) {
   if (stride == 1 && choice == 0) return use(BottleneckTile<1, 8, 16>{}, bottleneck_fprop_kernel<T, 1, 8, 16>, 8, 16);
@@ -155,12 +157,25 @@ bool with_bottleneck_tile(int stride, int choice, const Use& use) {
   return false;
 }
 
+// Dynamic shared memory of the smallest tile, in bytes.
+inline size_t bottleneck_shared_bytes(int F, int stride) {
+  size_t least = SIZE_MAX;
+  for (int choice = 0; choice < kBottleneckTiles; ++choice) {
+    with_bottleneck_tile<device::half>(stride, choice, [&](auto tile, auto, int, int) {
+      const size_t bytes = decltype(tile)::template shared_bytes<device::half>(F);
+      least = bytes < least ? bytes : least;
+      return true;
+    });
+  }
+  return least;
+}
+
 // Launches the kernel with the largest tile that fits `shared_limit` bytes, or with `choice` where it is not negative;
 // false, and no launch, where none fits.
 template <typename T, typename Launch>
 bool bottleneck_fprop(const BottleneckProblem<T>& problem, int stride, size_t shared_limit, int choice,
                       Launch&& launch) {
-  for (int i = choice < 0 ? 0 : choice; i <= (choice < 0 ? 1 : choice); ++i) {
+  for (int i = choice < 0 ? 0 : choice; i < (choice < 0 ? kBottleneckTiles : choice + 1); ++i) {
     const bool done = with_bottleneck_tile<T>(stride, i, [&](auto tile, auto kernel, int tile_p, int tile_q) {
       const size_t shared_bytes = decltype(tile)::template shared_bytes<T>(problem.F);
       if (shared_bytes > shared_limit) return false;

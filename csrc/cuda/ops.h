@@ -16,6 +16,10 @@ torch::stable::Tensor bottleneck_fprop(const torch::stable::Tensor& x, const tor
                                        const torch::stable::Tensor& bias3,
                                        const std::optional<torch::stable::Tensor>& w_shortcut, int64_t stride);
 
+// What a thread block of the kernel takes of dynamic shared memory at least, in bytes.
+int64_t bottleneck_shared_bytes(int64_t width, int64_t stride);
+int64_t basic_block_shared_bytes(int64_t width);
+
 // x (N, C, H, W), w1 (F, C, 3, 3), w2 (F, F, 3, 3), w_shortcut (F, C, 1, 1) or none, as above.
 torch::stable::Tensor basic_block_fprop(const torch::stable::Tensor& x, const torch::stable::Tensor& w1,
                                         const torch::stable::Tensor& bias1, const torch::stable::Tensor& w2,

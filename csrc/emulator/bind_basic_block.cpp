@@ -35,6 +35,9 @@ Totals basic_block(const std::string& dtype, const std::array<Address, 7>& tenso
 
 }  // namespace
 
-void bind_basic_block(pybind11::module_& module) { module.def("basic_block_fprop", &basic_block); }
+void bind_basic_block(pybind11::module_& module) {
+  module.def("basic_block_fprop", &basic_block);
+  module.def("basic_block_shared_bytes", &cuda::basic_block_shared_bytes);
+}
 
 }  // namespace fusedres::emulator

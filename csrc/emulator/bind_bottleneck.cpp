@@ -39,6 +39,9 @@ Totals bottleneck(const std::string& dtype, const std::array<Address, 9>& tensor
 
 }  // namespace
 
-void bind_bottleneck(pybind11::module_& module) { module.def("bottleneck_fprop", &bottleneck); }
+void bind_bottleneck(pybind11::module_& module) {
+  module.def("bottleneck_fprop", &bottleneck);
+  module.def("bottleneck_shared_bytes", &cuda::bottleneck_shared_bytes);
+}
 
 }  // namespace fusedres::emulator

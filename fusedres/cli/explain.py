@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
         rows = fusedres.explain(model)
     console.table(
         f"{args.arch} in {args.dtype} on {device}",
-        ("block", "kind", "engine", "why not another"),
+        ("block", "kind", "engine", "in eval", "why not another"),
         [tuple(r) for r in rows],
     )
     return 0

@@ -50,12 +50,14 @@ class EvalChain(Generic[ConvT]):
     """A chain in eval: convs each followed by ReLU; before the last one's, the shortcut is added.
 
     ``identity``: the shortcut is the chain's input; ``projection``: it is this conv of the input; else it is given.
+    ``pool``: kernel_size, stride and padding of a square max-pool behind it all, or None.
     """
 
     convs: tuple[ConvT, ...]
     projection: ConvT | None
     identity: bool
     relu: bool
+    pool: tuple[int, int, int] | None = None
 
     @property
     def all_convs(self) -> tuple[ConvT, ...]:
@@ -89,8 +91,13 @@ class Engine:
         """
         return None
 
+    def folded_reason(self, chain: EvalChain[FoldedConv]) -> str | None:
+        """Why ``compile_folded`` has nothing to offer for ``chain``, or None. Values of weights are not looked at."""
+        w = chain.convs[0].w
+        return self.rejects("conv_fprop", w.device.type, w.dtype) or "it runs a launch a conv"
+
     def compile_folded(self, chain: EvalChain[FoldedConv], x_shape: torch.Size) -> EvalRun | None:
-        """A faster way to run ``chain`` on inputs of ``x_shape`` than one ``conv_fprop`` a conv, or None."""
+        """A faster way to run ``chain`` on inputs of ``x_shape`` than one ``conv_fprop`` a conv and a pool, or None."""
         return None
 
     def __getattr__(self, op: str) -> Callable[..., Any]:

@@ -60,12 +60,22 @@ class CPUEngine(Engine):
             return None
         return _native_chain(chain, vectors, [conv.eps for conv in convs], [])
 
+    def folded_reason(self, chain: EvalChain[FoldedConv]) -> str | None:
+        w = chain.convs[0].w
+        if chain.pool is not None:
+            return "a pool in eval is a launch of its own"
+        if all(_is_native(conv.w, conv.groups) for conv in chain.all_convs):
+            return self.rejects("eval_chain", w.device.type, w.dtype)
+        return self.rejects("conv_fprop", w.device.type, w.dtype) or onednn_reason(w.dtype)
+
     def compile_folded(self, chain: EvalChain[FoldedConv], x_shape: torch.Size) -> EvalRun | None:
+        if self.folded_reason(chain) is not None:
+            return None
         convs = chain.all_convs
         if all(_is_native(conv.w, conv.groups) for conv in convs):
             packed = [kernels.conv_pack(conv.w) for conv in convs]
             return _native_chain(chain, [(conv.bias, *[None] * 4) for conv in convs], [0.0] * len(convs), packed)
-        return None if onednn_reason(chain.convs[0].w.dtype) else PackedChain(chain, x_shape)
+        return PackedChain(chain, x_shape)
 
     @staticmethod
     def conv_fprop(

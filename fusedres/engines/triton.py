@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from fusedres.engines import Engine
-
-MIN_CAPABILITY = (8, 0)  # bfloat16 and TF32 in tensor cores, asynchronous copies
+from fusedres.engines.nvidia import old_device
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: The module of fusedres.kernels in which each op lies, under its own name.
@@ -63,7 +62,7 @@ class TritonEngine(Engine):
             return f"it has no kernels for {dtype}"
         if op not in _MODULES:
             return "it stores every conv's output, so that it needs no such op"
-        return self.missing or (_old_device() if device_type == "cuda" else None)
+        return self.missing or (old_device() if device_type == "cuda" else None)
 
     def only_by_name(self, device_type: str) -> str | None:
         return "the interpreter serves CPU tensors only where it is asked for by name" if device_type == "cpu" else None
@@ -81,19 +80,6 @@ class TritonEngine(Engine):
 def _interpreted() -> bool:
     """Whether the kernels run under Triton's interpreter: Triton reads the variable when a kernel is defined."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
-
-
-@functools.cache
-def _old_device() -> str | None:
-    """Why a GPU of this machine is too old, or None."""
-    if torch.version.hip is not None:
-        return None
-    for i in range(torch.cuda.device_count()):
-        capability = torch.cuda.get_device_capability(i)
-        if capability < MIN_CAPABILITY:
-            least, found = (".".join(map(str, c)) for c in (MIN_CAPABILITY, capability))
-            return f"it needs compute capability {least}, {torch.cuda.get_device_name(i)} has {found}"
-    return None
 
 
 def _on_device_of_first(kernel: Callable[..., Any]) -> Callable[..., Any]:

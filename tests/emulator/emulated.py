@@ -78,16 +78,14 @@ def bottleneck_fprop(
 
 
 def stem_fprop(x: Tensor, w: Tensor, bias: Tensor, run: Any = None) -> tuple[Tensor, dict[str, int]]:
-    """``y`` and the totals of the launch. ``w`` (K, C, 7, 7) is packed to (K, 7, 8, 4) here."""
+    """``y`` and the totals of the launch. ``w`` (K, 4, 7, 8) as ``block_kernels.stem_weight`` pads it."""
     (n, c, h, w_), k, dtype = x.shape, w.shape[0], x.dtype
     p, q = (h - 1) // 2 + 1, (w_ - 1) // 2 + 1
     u, v = (p - 1) // 2 + 1, (q - 1) // 2 + 1
-    packed = torch.zeros(k, 7, 8, 4, dtype=dtype)
-    packed[:, :, :7, :c] = w.permute(0, 2, 3, 1)
     y = poisoned(dtype, n, k, u, v)
     tensors = [
         address(x, dtype, n, c, h, w_),
-        packed.data_ptr(),
+        address(w, dtype, k, 4, 7, 8),
         address(bias, torch.float32, k),
         address(y, dtype, n, k, u, v),
     ]

@@ -11,6 +11,8 @@ from geometries import assert_close_as_eager, batch, fold
 from oracles import shake
 from torch import Tensor, nn
 
+from fusedres.engines.block_kernels import stem_weight
+
 DTYPES = (torch.float16, torch.bfloat16)
 #: (N, C, K, H, W): ResNet's in small; one pixel; ragged in every dimension.
 SIZES = [(1, 3, 64, 32, 64), (2, 3, 64, 33, 37), (1, 1, 8, 1, 1), (2, 4, 72, 19, 45), (1, 2, 136, 50, 9)]
@@ -26,7 +28,7 @@ def eager_stem(c: int, k: int, dtype: torch.dtype) -> nn.Sequential:
 def run(stem: nn.Sequential, x: Tensor, *args: object) -> tuple[Tensor, dict[str, int]]:
     with torch.no_grad():
         w, bias = fold(stem[0], stem[1], x.dtype)
-    return emulated.stem_fprop(x, w, bias, *args)
+    return emulated.stem_fprop(x, stem_weight(w), bias, *args)  # type: ignore[arg-type]
 
 
 @dtypes

@@ -1,0 +1,30 @@
+"""What both engines for NVIDIA GPUs ask of a device."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+MIN_CAPABILITY = (8, 0)  # bfloat16 and TF32 in tensor cores, asynchronous copies
+
+
+@functools.cache
+def old_device() -> str | None:
+    """Why a GPU of this machine is too old, or None."""
+    if torch.version.hip is not None:
+        return None
+    for i in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(i)
+        if capability < MIN_CAPABILITY:
+            least, found = (".".join(map(str, c)) for c in (MIN_CAPABILITY, capability))
+            return f"it needs compute capability {least}, {torch.cuda.get_device_name(i)} has {found}"
+    return None
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one thread block may have on ``device``."""
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's stub lacks the attribute
+    return properties.shared_memory_per_block_optin
