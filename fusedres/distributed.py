@@ -30,6 +30,7 @@ def sync_group(bn: nn.Module) -> Group | None:
     if not isinstance(bn, nn.SyncBatchNorm) or not bn.training or not (dist.is_available() and dist.is_initialized()):
         return None
     group = bn.process_group or dist.group.WORLD
+    assert group is not None  # one was initialised
     size = dist.get_world_size(group)
     return Group(group.group_name, size) if size > 1 else None
 

@@ -93,6 +93,7 @@ def output_gradient(
     unit: UnitSpec, g: Tensor, z: Tensor | None, bn: Tensor, sums: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, float]:
     """``dz`` as the first five arguments of conv_dgrad and conv_wgrad: lazily, or materialised for both at once."""
+    operands: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, float]
     if not unit.batch_stats:
         operands = g, None, bn, None, 0.0
     elif unit.sync is None:
