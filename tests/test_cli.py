@@ -65,7 +65,13 @@ def test_interrupt_ends_quietly(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fusedres", "train", "--arch", "resnet50", "--out", str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # jobs in the background ignore it
     )
     assert process.stdout is not None
     process.stdout.readline()  # the title: training has begun
