@@ -118,8 +118,12 @@ void conv_block(const ConvPlan& plan, const ConvOperands<T>& operands, int64_t t
               if (table.residual[i] != nullptr) conv_prefetch<0>(table.residual[i] + channel, width);
             }
           }
-          conv_micro_tile_of<T>(pixels.size())(inputs, run_taps, channels.begin, channels.size(), panel, sums,
-                                               is_first);
+          if (run_taps != 1 || !table.is_padding[t * taps + tap]) {
+            conv_micro_tile_of<T>(pixels.size())(inputs, run_taps, channels.begin, channels.size(), panel, sums,
+                                                 is_first);
+          } else if (is_first) {
+            std::fill_n(sums, kTile, T{0});
+          }
           if (is_last) {
             conv_write_tile(operands, table.outputs.data() + pixels.begin, table.residual.data() + pixels.begin,
                             pixels.size(), channel, width, sums);

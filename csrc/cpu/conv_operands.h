@@ -23,6 +23,7 @@ struct ConvOperands {
 template <typename T>
 struct ConvTable {
   std::vector<const T*> inputs;    // (tiles, taps, tile.pixels)
+  std::vector<bool> is_padding;    // (tiles, taps) for all pixels of the tile
   std::vector<int64_t> outputs;    // (pixels,) the first channel's index in y
   std::vector<const T*> residual;  // (pixels,) null where there is none
   std::vector<T> zeros;            // (depth,) what a tap in the padding reads
@@ -44,6 +45,7 @@ void ConvTable<T>::build(const ConvPlan& plan, const ConvOperands<T>& operands, 
   const int64_t taps = plan.gather.taps(), residual_rows = ceil_div(sizes.out_h, operands.residual_h),
                 residual_cols = ceil_div(sizes.out_w, operands.residual_w);
   inputs.resize(tiles.count * taps * plan.tile.pixels);
+  is_padding.assign(tiles.count * taps, true);
   outputs.resize(pixels.size());
   residual.assign(pixels.size(), nullptr);
   zeros.resize(sizes.depth);
@@ -52,6 +54,7 @@ void ConvTable<T>::build(const ConvPlan& plan, const ConvOperands<T>& operands, 
   for (int64_t tile = 0; tile < tiles.count; ++tile) {
     for (int64_t i = 0; i < tiles[tile].size(); ++i, ++at) {
       const T** to = inputs.data() + tile * taps * plan.tile.pixels + i;
+      int64_t tap = tile * taps;
       const T* const x = operands.x + image * sizes.in_h * sizes.in_w * sizes.in_pixel;
       for (const int64_t h_offset : h.offsets) {
         const int64_t in_row = row * h.in_step + h_offset;
@@ -60,7 +63,9 @@ void ConvTable<T>::build(const ConvPlan& plan, const ConvOperands<T>& operands, 
           const int64_t in_col = col * w.in_step + w_offset;
           const bool is_inside = row_is_inside && in_col >= 0 && in_col < sizes.in_w;
           *to = is_inside ? x + (in_row * sizes.in_w + in_col) * sizes.in_pixel : zeros.data();
+          if (is_inside) is_padding[tap] = false;
           to += plan.tile.pixels;
+          ++tap;
         }
       }
       const int64_t out_row = h.out_begin + row * h.out_step, out_col = w.out_begin + col * w.out_step;
