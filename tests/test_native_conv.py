@@ -23,6 +23,7 @@ PROBLEMS = [
     (2, 16, 9, 9, 16, 1, 1, (2, 2), (0, 0), (1, 1)),  # inputs that no tap meets
     (2, 8, 3, 3, 8, 5, 5, (1, 1), (3, 3), (1, 1)),  # outputs that see nothing but padding
     (1, 40, 23, 1, 300, 3, 1, (1, 1), (1, 0), (1, 1)),
+    (2, 260, 7, 7, 20, 3, 3, (1, 1), (1, 1), (1, 1)),  # a row of pixels that meets a row of taps in the padding
     (0, 8, 5, 5, 8, 3, 3, (1, 1), (1, 1), (1, 1)),  # an empty batch
     (37, 24, 4, 5, 24, 3, 3, (1, 1), (1, 1), (1, 1)),  # more than one block of pixels
 ]
