@@ -112,7 +112,7 @@ def wgrad_calls(o: Operands) -> Iterator[tuple[str, tuple[Any, ...]]]:
     yield "prologue", (*lazy, o.x, o.in_bn, (p.R, p.S), *o.geometry)
 
 
-_OPS = (
+OPS = (
     ("conv_fprop", conv_fprop, fprop_calls),
     ("conv_dgrad", conv_dgrad, dgrad_calls),
     ("conv_wgrad", conv_wgrad, wgrad_calls),
@@ -138,7 +138,7 @@ def plans(machine: str, problem: ConvProblem, dtype: torch.dtype) -> Iterator[Pl
     """Every call that the networks make for ``problem`` on a machine of the table."""
     with configs.planning(machine):
         operands = Operands(problem, dtype)
-        for op, function, calls in _OPS:
+        for op, function, calls in OPS:
             for form, args in calls(operands):
                 with recording() as launches:
                     function(*args)

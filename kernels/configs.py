@@ -155,8 +155,25 @@ def machine(device: torch.device) -> Machine:
     return TABLE[_name_of_gpu(torch.cuda.current_device() if device.index is None else device.index)]
 
 
+#: The tile that ``trying`` puts before the tables.
+_tried: Tile | None = None
+
+
+@contextmanager
+def trying(tile: Tile) -> Iterator[None]:
+    """Within this context every conv runs with ``tile``: how a table is measured. Not for several threads."""
+    global _tried
+    before, _tried = _tried, tile
+    try:
+        yield
+    finally:
+        _tried = before
+
+
 def choose(table: Table, element_size: int, gemm_n: int, gathers: bool) -> Tile:
     """The narrowest tile of the dtype that is as wide as ``gemm_n``, else the widest; or that for gathering."""
+    if _tried is not None:
+        return _tried
     if gathers and (element_size, GATHER) in table:
         return table[element_size, GATHER]
     widths = [width for size, width in table if size == element_size and width >= max(gemm_n, 1)]

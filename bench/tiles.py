@@ -1,0 +1,199 @@
+"""Every convolution of a ResNet-50 with every candidate tile on this GPU, beside the vendor's own: what the table needs.
+
+    python bench/tiles.py [--batch 256] [--ops conv_fprop conv_dgrad conv_wgrad] [--seconds 150] [--out FILE]
+
+Builds are compiled by all cores first; then each candidate runs in turn, timed by events, caches cold. Of each problem the
+tiles are printed from the fastest on, with the vendor's conv alone (without statistics, prologue or epilogue) and the
+time that the bytes of the fused op need at the bandwidth of a large copy. Exit code 2 where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from static_report import FORMS, STEM_FORMS, bytes_moved, resnet50_problems
+from torch import Tensor
+from triton.testing import do_bench
+
+from fusedres.kernels import aot, configs
+from fusedres.kernels.configs import Tile
+from fusedres.problem import ConvProblem
+
+DTYPE = torch.float16
+GEMM = [
+    Tile(128, 64, 64, 4, 3),
+    Tile(128, 64, 32, 4, 4),
+    Tile(128, 128, 64, 8, 3),
+    Tile(128, 128, 64, 4, 3),
+    Tile(128, 128, 32, 8, 4),
+    Tile(128, 256, 64, 8, 3),
+    Tile(256, 64, 64, 8, 3),
+    Tile(256, 128, 64, 8, 3),
+    Tile(64, 128, 64, 4, 4),
+    Tile(64, 256, 64, 8, 3),
+]
+CANDIDATES = {
+    "conv_fprop": GEMM,
+    "conv_dgrad": GEMM,
+    "conv_wgrad": [
+        Tile(64, 64, 64, 4, 3),
+        Tile(64, 64, 64, 4, 4),
+        Tile(128, 64, 64, 4, 3),
+        Tile(64, 128, 64, 4, 3),
+        Tile(128, 128, 64, 8, 3),
+        Tile(128, 128, 32, 8, 4),
+        Tile(128, 128, 64, 4, 3),
+        Tile(128, 256, 64, 8, 3),
+        Tile(256, 128, 64, 8, 3),
+    ],
+}
+STEM = [Tile(64, 64, 32, 4, 2), Tile(128, 64, 32, 4, 2), Tile(128, 64, 64, 4, 3), Tile(64, 64, 64, 4, 3)]
+
+
+class Case(NamedTuple):
+    """One op of one problem, in the form that the network calls it in."""
+
+    op: str
+    form: str
+    problem: ConvProblem
+    count: int
+
+    @property
+    def candidates(self) -> list[Tile]:
+        return STEM if self.problem.C < 16 else CANDIDATES[self.op]
+
+    def __str__(self) -> str:
+        p = self.problem
+        return f"{self.op} {self.form} {p.C}->{p.K} {p.R}x{p.S} of {p.H}x{p.W} stride {p.stride[0]}"
+
+
+def cases(batch: int, ops: list[str]) -> Iterator[Case]:
+    for problem, count in resnet50_problems().items():
+        for op, form in (STEM_FORMS if problem.C < 16 else FORMS).items():
+            if op in ops:
+                yield Case(op, form, replace(problem, N=batch), count)
+
+
+class Gpu(aot.Operands):
+    """As the meta operands, on the GPU and with numbers in them."""
+
+    def __init__(self, problem: ConvProblem, dtype: torch.dtype) -> None:
+        super().__init__(problem, dtype)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                filled = torch.empty_like(value, device="cuda").normal_()
+                setattr(self, name, filled.abs_() if name.endswith("bn") else filled)
+
+
+def call_of(case: Case, operands: Gpu) -> Callable[[], Any]:
+    function, calls = {op: rest for op, *rest in aot.OPS}[case.op]
+    args = dict(calls(operands))[case.form]
+    return lambda: function(*args)
+
+
+def vendor_of(case: Case, operands: Gpu) -> Callable[[], Any]:
+    """PyTorch's own conv for the same gradient or output: no statistics, no prologue, no epilogue."""
+    p, geometry = case.problem, (operands.geometry[0], operands.geometry[1], operands.geometry[2])
+    if case.op == "conv_fprop":
+        return lambda: torch.ops.aten.convolution(
+            operands.x, operands.w, None, *map(list, geometry), False, [0, 0], p.groups
+        )
+    mask = [case.op == "conv_dgrad", case.op == "conv_wgrad", False]
+    return lambda: torch.ops.aten.convolution_backward(
+        operands.y, operands.x, operands.w, None, *map(list, geometry), False, [0, 0], p.groups, mask
+    )
+
+
+def compile_one(item: tuple[Case, Tile]) -> str | None:
+    """Run one candidate once, in a process of its own; the compiled kernel stays in Triton's cache."""
+    case, tile = item
+    try:
+        with configs.trying(tile):
+            call_of(case, Gpu(case.problem, DTYPE))()
+        torch.cuda.synchronize()
+    except Exception as error:  # too many registers or too much shared memory: not a candidate here
+        return f"{type(error).__name__}: {str(error)[:150]}"
+    finally:
+        torch.cuda.empty_cache()
+    return None
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second of a large copy on the device, read and written."""
+    source, target = (torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_() for _ in range(2))
+    return 2 * source.numel() / (do_bench(lambda: target.copy_(source), return_mode="median") * 1e-3)
+
+
+def milliseconds(call: Callable[[], Any]) -> float:
+    return float(do_bench(call, warmup=5, rep=25, return_mode="median"))
+
+
+def measure(case: Case, bandwidth: float, failed: set[tuple[Case, Tile]]) -> dict[str, Any]:
+    operands = Gpu(case.problem, DTYPE)
+    call, found = call_of(case, operands), {}
+    found["table"] = milliseconds(call)
+    for tile in case.candidates:
+        if (case, tile) not in failed:
+            with configs.trying(tile):
+                found[" ".join(map(str, tile[:5]))] = milliseconds(call)
+    moved = bytes_moved(aot.Plan(case.op, case.form, case.problem, DTYPE, ()))
+    flops = 2 * case.problem.gemm_m * case.problem.K * case.problem.C * case.problem.R * case.problem.S
+    return {
+        "case": str(case),
+        "count": case.count,
+        "tflops": flops * 1e-12,
+        "memory_ms": moved / bandwidth * 1e3,
+        "vendor_ms": milliseconds(vendor_of(case, operands)),
+        "tiles_ms": dict(sorted(found.items(), key=lambda item: item[1])),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--ops", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
+    parser.add_argument("--seconds", type=float, default=150, help="stop measuring after so long")
+    parser.add_argument("--out", type=Path, default=Path("tiles.json"))
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("there is no GPU here: nothing was measured", file=sys.stderr)
+        return 2
+    start = time.monotonic()
+    torch.backends.cudnn.benchmark = True
+    todo = [(case, tile) for case in cases(args.batch, args.ops) for tile in case.candidates]
+    with multiprocessing.get_context("spawn").Pool(min(len(os.sched_getaffinity(0)), 15)) as pool:
+        errors = pool.map(compile_one, todo, chunksize=1)
+    failed = {item for item, error in zip(todo, errors, strict=True) if error}
+    for (case, tile), error in zip(todo, errors, strict=True):
+        if error:
+            print(f"{case} {tile[:5]}: {error}")
+    print(f"{len(todo)} candidates, {len(failed)} of them none here, after {time.monotonic() - start:.0f} s", flush=True)
+    bandwidth, rows = copy_bandwidth(), []
+    for case in cases(args.batch, args.ops):
+        if time.monotonic() - start > args.seconds:
+            print(f"stopped before {case}")
+            break
+        rows.append(row := measure(case, bandwidth, failed))
+        best = "  ".join(f"{name}: {ms:.3f}" for name, ms in list(row["tiles_ms"].items())[:3])
+        print(
+            f"{row['case']:55} x{row['count']} memory {row['memory_ms']:.3f} vendor {row['vendor_ms']:.3f}"
+            f" table {row['tiles_ms']['table']:.3f}  {best}",
+            flush=True,
+        )
+        args.out.write_text(json.dumps({"copy_bandwidth": bandwidth, "rows": rows}, indent=1) + "\n")
+        torch.cuda.empty_cache()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
