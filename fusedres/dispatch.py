@@ -19,11 +19,12 @@ import torch
 from fusedres.engines import Engine, EvalChain, FoldedConv
 from fusedres.engines.cpu import CPU
 from fusedres.engines.cuda import CUDA
+from fusedres.engines.cudnn import CUDNN
 from fusedres.engines.reference import REFERENCE
 from fusedres.engines.triton import TRITON
 
 #: Every engine, the preferred first. The last one can do everything.
-ENGINES: dict[str, Engine] = {engine.name: engine for engine in (CUDA, TRITON, CPU, REFERENCE)}
+ENGINES: dict[str, Engine] = {engine.name: engine for engine in (CUDA, CUDNN, TRITON, CPU, REFERENCE)}
 
 _forced: ContextVar[str | None] = ContextVar("fusedres_engine", default=None)
 _meta_stands_for: ContextVar[str] = ContextVar("fusedres_meta_stands_for", default="meta")
@@ -119,6 +120,8 @@ def choose_folded(chain: EvalChain[FoldedConv]) -> Choice:
     passed_over: list[tuple[str, str]] = []
     for candidate in itertools.takewhile(lambda engine: engine is not of_convs, _preferred(forced())):
         reason = candidate.folded_reason(chain)
+        if reason is None and candidate.name != forced():
+            reason = candidate.folded_only_by_name(chain)
         if reason is None:
             return Choice(candidate, tuple(passed_over))
         passed_over.append((candidate.name, reason))

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton import knobs
 
 from fusedres.kernels.configs import Tile
 from fusedres.problem import ConvProblem
@@ -32,6 +33,10 @@ class Launch(NamedTuple):
 
 _recorded: list[Launch] | None = None
 
+#: Compiled kernels and their trailing constants, by everything that Triton would look at to find them. Its own look
+#: takes most of a small launch's time.
+_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+
 
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
@@ -46,10 +51,27 @@ def recording() -> Iterator[list[Launch]]:
 
 def run(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """Launch ``kernel``, or note it down within ``recording``."""
-    if _recorded is None:
-        kernel[grid](*args, **constants)
-    else:
+    if _recorded is not None:
         _recorded.append(Launch(kernel, grid, args, constants))
+        return
+    if knobs.runtime.interpret:
+        kernel[grid](*args, **constants)
+        return
+    key = (kernel.fn, torch.cuda.current_device(), *map(_specialisation, args), *constants.values())
+    again = _compiled.get(key)
+    if again is not None:
+        compiled, constexprs = again
+        compiled[grid + (1,) * (3 - len(grid))](*args, *constexprs)
+        return
+    compiled = kernel[grid](*args, **constants)
+    _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(args) :])
+
+
+def _specialisation(arg: Any) -> Any:
+    """What of an argument Triton may compile a kernel for: an integer's value, a tensor's dtype and alignment."""
+    if isinstance(arg, Tensor):
+        return arg.dtype, arg.data_ptr() % 16 == 0
+    return type(arg) if isinstance(arg, float) else arg
 
 
 def precision(dtype: torch.dtype) -> str:

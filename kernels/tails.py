@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fusedres.kernels.epilogue import drelu
 from fusedres.kernels.launch import run
 from fusedres.kernels.prologue import activate, bn_scale_shift, gradient_form, gradient_vectors, load_gradient, relu
 from fusedres.kernels.sums import merge_sums, new_partials, rows_each
@@ -148,12 +149,15 @@ def drelu_dbn_kernel(
     bn,
     residual_z,
     residual_bn,
+    constant,
     g,
     partials,
     m,
     c,
     rows_each,
+    HAS_CONSTANT: tl.constexpr,
     HAS_RELU: tl.constexpr,
+    OPEN_BY_Z: tl.constexpr,  # the ReLU lies behind this BN alone: its mask is recomputed from z
     HAS_Z: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -170,20 +174,30 @@ def drelu_dbn_kernel(
     residual_dgamma = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     if HAS_Z:
         mean = tl.load(bn + channels, mask=channel_mask, other=0.0)[None, :]
+    if OPEN_BY_Z:
+        scale, shift = bn_scale_shift(bn, channels, c, channel_mask)
+    if HAS_CONSTANT:
+        added = tl.load(constant + channels, mask=channel_mask, other=0.0)[None, :]
     if HAS_RESIDUAL:
         residual_mean = tl.load(residual_bn + channels, mask=channel_mask, other=0.0)[None, :]
     for row in range(first, end, BLOCK_M):
         start, offsets, mask = tile_of_matrix(row, end, c, channels, BLOCK_M)
         gradient = tl.load(dy + start + offsets, mask=mask, other=0.0)
+        if HAS_CONSTANT:
+            gradient = tl.where(mask, cast(gradient.to(tl.float32) + added, gradient.dtype), 0.0)
         if HAS_RELU:
             closed = tl.load(y + start + offsets, mask=mask, other=0.0).to(tl.float32) <= 0
             gradient = tl.where(closed, 0.0, gradient)
+        if HAS_Z:
+            z_tile = tl.load(z + start + offsets, mask=mask, other=0.0)
+        if OPEN_BY_Z:
+            gradient = drelu(gradient, z_tile, scale[None, :], shift[None, :])
         tl.store(g + start + offsets, gradient, mask=mask)
         gradient = gradient.to(tl.float32)
         dbeta += gradient
         # Off the mask ``other`` is 0 and so is the gradient: nothing is added.
         if HAS_Z:
-            dgamma += gradient * (tl.load(z + start + offsets, mask=mask, other=0.0).to(tl.float32) - mean)
+            dgamma += gradient * (z_tile.to(tl.float32) - mean)
         if HAS_RESIDUAL:
             value = tl.load(residual_z + start + offsets, mask=mask, other=0.0).to(tl.float32)
             residual_dgamma += gradient * (value - residual_mean)
@@ -205,7 +219,31 @@ def drelu_dbn(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``fusedres.ops.drelu_dbn``."""
     dy, y, z, residual_z = (None if t is None else channels_last(t) for t in (dy, y, z, residual_z))
-    g, c = new_activation(dy, dy.shape), dy.shape[1]
+    return _drelu_dbn(dy, y, z, bn, residual_z, residual_bn, None, new_activation(dy, dy.shape), False)
+
+
+def drelu_(dx: Tensor, z: Tensor, bn: Tensor, constant: Tensor | None = None) -> Tensor:
+    """The backward of ``relu(scale*z + shift)``, in place on its gradient ``dx`` (N, C, H, W): sums (2, C) of its BN.
+
+    ``dx`` must be dense channels_last; ``z`` is of its shape and dtype, ``bn`` (4, C) float32. ``constant`` (C,) float32
+    is first added to every pixel of ``dx``.
+    """
+    return _drelu_dbn(dx, None, channels_last(z), bn, None, None, constant, dx, True)[1]
+
+
+def _drelu_dbn(
+    dy: Tensor,
+    y: Tensor | None,
+    z: Tensor | None,
+    bn: Tensor | None,
+    residual_z: Tensor | None,
+    residual_bn: Tensor | None,
+    constant: Tensor | None,
+    g: Tensor,
+    open_by_z: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(g, written to; the sums of one branch; those of the other)."""
+    c = dy.shape[1]
     m = dy.numel() // max(c, 1)
     block_m, block_c = sums_tile_shape(c, dy.element_size())
     each = rows_each(m, c, block_m, block_c)
@@ -220,12 +258,15 @@ def drelu_dbn(
             bn,
             residual_z,
             residual_bn,
+            constant,
             g,
             partials,
             m,
             c,
             each,
+            HAS_CONSTANT=constant is not None,
             HAS_RELU=y is not None,
+            OPEN_BY_Z=open_by_z,
             HAS_Z=z is not None,
             HAS_RESIDUAL=residual_z is not None,
             BLOCK_M=block_m,

@@ -43,11 +43,12 @@ def tile_of(program, tiles_m, tiles_n, GROUP: tl.constexpr):
     """(tile_m, tile_n) of a program: ``GROUP`` tiles down, then the next column, so that both operands stay in L2."""
     if GROUP == 1:
         return program // tiles_n, program % tiles_n
-    per_group = GROUP * tiles_n
-    first = program // per_group * GROUP
-    height = tl.minimum(tiles_m - first, GROUP)
-    inside = program % per_group
-    return first + inside % height, inside // height
+    else:
+        per_group = GROUP * tiles_n
+        first = program // per_group * GROUP
+        height = tl.minimum(tiles_m - first, GROUP)
+        inside = program % per_group
+        return first + inside % height, inside // height
 
 
 @triton.jit
@@ -68,7 +69,8 @@ def row_offset(row, pitch, WIDE: tl.constexpr):
     """``row * pitch`` elements, in 64 bits where the tensor has 2**31 elements or more."""
     if WIDE:
         return row.to(tl.int64) * pitch
-    return row * pitch
+    else:
+        return row * pitch
 
 
 @triton.jit

@@ -96,6 +96,10 @@ class Engine:
         w = chain.convs[0].w
         return self.rejects("conv_fprop", w.device.type, w.dtype) or "it runs a launch a conv"
 
+    def folded_only_by_name(self, chain: EvalChain[FoldedConv]) -> str | None:
+        """Why ``compile_folded`` serves ``chain`` only where this engine was asked for by name, or None."""
+        return None
+
     def compile_folded(self, chain: EvalChain[FoldedConv], x_shape: torch.Size) -> EvalRun | None:
         """A faster way to run ``chain`` on inputs of ``x_shape`` than one ``conv_fprop`` a conv and a pool, or None."""
         return None

@@ -34,6 +34,11 @@ class CUDAEngine(Engine):
         reason = self._tensor_reason(w.device.type, w.dtype) or form_reason(chain)
         return reason or size_reason(chain, self.shared_memory(w.device), _shared_bytes)
 
+    def folded_only_by_name(self, chain: EvalChain[FoldedConv]) -> str | None:
+        if kernel_of(chain) == "stem_fprop":
+            return None
+        return "a launch a conv is faster wherever both were measured (docs/gpu.md)"
+
     def compile_folded(self, chain: EvalChain[FoldedConv], x_shape: torch.Size) -> EvalRun | None:
         name = kernel_of(chain)
         if name is None or self.folded_reason(chain) is not None:

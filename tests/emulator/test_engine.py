@@ -21,7 +21,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 @pytest.fixture(autouse=True)
 def engine() -> Iterator[EmulatedCUDA]:
-    with emulated_engine() as engine:
+    with emulated_engine() as engine, fusedres.engine("cuda"):
         yield engine
 
 

@@ -1,0 +1,197 @@
+"""The ``cudnn`` engine: the vendor's convolutions and matrix products, between kernels of our own.
+
+The vendor's convs have neither prologue nor statistics. So what they consume is materialised, once for all its readers,
+by the kernels of the ``triton`` engine, which also do everything that eager does in passes of its own; the widest convs
+run closed, so that their outputs never exist (docs/calculus.md). On Hopper this is faster than convs with a prologue:
+their operands must pass through registers on the way to the matrix units (docs/gpu.md has the figures).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusedres import reference
+from fusedres.engines import Engine
+from fusedres.engines.triton import TRITON
+from fusedres.layout import acc_dtype, channels_last, from_pixel_matrix, new_activation, pixel_matrix
+
+_DTYPES = (torch.bfloat16, torch.float16)
+#: The compute capability from which it is the first choice.
+_MEASURED_FROM = (9, 0)
+_PRODUCTS = ("conv_fprop", "conv_dgrad", "conv_wgrad", "input_moments", "pointwise_wgrad", "pointwise_dgrad")
+
+
+class CuDNNEngine(Engine):
+    """See the module's docstring."""
+
+    name = "cudnn"
+
+    def rejects(self, op: str, device_type: str, dtype: torch.dtype) -> str | None:
+        if op in _PRODUCTS and dtype not in _DTYPES:
+            return f"it has no products for {dtype}"
+        return TRITON.rejects("conv_fprop" if op in _PRODUCTS else op, device_type, dtype)
+
+    def only_by_name(self, device_type: str) -> str | None:
+        if device_type == "cuda" and _is_measured():
+            return None
+        return TRITON.only_by_name(device_type) or "on this GPU nobody has measured it to be faster than triton"
+
+    def __getattr__(self, op: str) -> Callable[..., Any]:
+        return getattr(TRITON, op)
+
+    @staticmethod
+    def conv_fprop(
+        x: Tensor,
+        w: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        in_bn: Tensor | None,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        relu: bool,
+        genstats: bool,
+    ) -> tuple[Tensor, Tensor]:
+        if bias is not None or residual is not None or relu:  # an epilogue: there the kernel with one is ahead
+            return TRITON.conv_fprop(x, w, bias, residual, in_bn, stride, padding, dilation, groups, relu, genstats)
+        y = channels_last(F.conv2d(_input(x, in_bn), channels_last(w), None, stride, padding, dilation, groups))
+        return y, _kernel("channel_stats", "channel_stats")(y) if genstats else _nothing(y)
+
+    @staticmethod
+    def conv_dgrad(
+        g: Tensor,
+        z: Tensor | None,
+        bn: Tensor | None,
+        sums: Tensor | None,
+        inv_count: float,
+        w: Tensor,
+        input_size: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        residual: Tensor | None,
+        residual_stride: Sequence[int],
+        prev_z: Tensor | None,
+        prev_bn: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        dz = g if bn is None else TRITON.dbn(g, z, bn, sums, inv_count)
+        x = new_activation(dz, (dz.shape[0], w.shape[1] * groups, *input_size))  # only its shape is read
+        w = channels_last(w)
+        dx = reference.convolution_backward(channels_last(dz), x, w, stride, padding, dilation, groups, (True, False))[0]
+        dx = channels_last(dx)
+        if residual is not None:
+            dx[:, :, :: residual_stride[0], :: residual_stride[1]] += residual
+        return dx, _drelu_(dx, prev_z, prev_bn)
+
+    @staticmethod
+    def conv_wgrad(
+        g: Tensor,
+        z: Tensor | None,
+        bn: Tensor | None,
+        sums: Tensor | None,
+        inv_count: float,
+        x: Tensor,
+        in_bn: Tensor | None,
+        kernel_size: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+    ) -> Tensor:
+        dz = g if bn is None else TRITON.dbn(g, z, bn, sums, inv_count)
+        w = new_activation(x, (dz.shape[1], x.shape[1] // groups, *kernel_size))  # only its shape is read
+        operands = (channels_last(dz), _input(x, in_bn), w, stride, padding, dilation, groups)
+        return channels_last(reference.convolution_backward(*operands, (False, True))[1])
+
+    @staticmethod
+    def input_moments(x: Tensor, in_bn: Tensor | None, stride: Sequence[int]) -> Tensor:
+        """Around a mean rounded to the dtype of ``x``: close to the true one that difference is exact, and what is left
+        of the mean after it is too small to cancel digits."""
+        rows = pixel_matrix(_input(x, in_bn), stride)
+        mean = _kernel("channel_stats", "channel_stats")(rows[:, :, None, None])[1]
+        pivot = mean.to(x.dtype)
+        centred, left = rows - pivot, mean - pivot
+        return torch.cat([_product(centred.t(), centred).addr_(left, left, alpha=-rows.shape[0]), mean[None]])
+
+    @staticmethod
+    def pointwise_wgrad(
+        g: Tensor,
+        sum_g: Tensor,
+        x: Tensor,
+        in_bn: Tensor | None,
+        moments: Tensor,
+        w: Tensor,
+        bn: Tensor,
+        inv_count: float,
+        stride: Sequence[int],
+    ) -> tuple[Tensor, Tensor]:
+        product = _product(pixel_matrix(g).t(), pixel_matrix(_input(x, in_bn), stride))
+        product = product.addr_(sum_g, moments[-1], alpha=-1)  # the input around its mean
+        return reference.pointwise_wgrad_from_product(product, sum_g, moments, w, bn, inv_count)
+
+    @staticmethod
+    def pointwise_dgrad(
+        g: Tensor,
+        x: Tensor,
+        in_bn: Tensor | None,
+        moments: Tensor,
+        w: Tensor,
+        bn: Tensor,
+        sums: Tensor,
+        inv_count: float,
+        stride: Sequence[int],
+        prev_z: Tensor | None,
+        prev_bn: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        from_g, from_x = (t.to(g.dtype) for t in reference.pointwise_dgrad_operands(moments, w, bn, sums, inv_count)[:2])
+        # A BN's gradients sum to zero over the batch. The constant sees to that with the matrices as they are rounded:
+        # their error would be the same at every pixel, and grow with the sums that the BN before takes of them.
+        constant = -(inv_count * (sums[0] @ from_g.float()) + moments[-1] @ from_x.float())
+        a, by_g = pixel_matrix(_input(x, in_bn), stride), pixel_matrix(g)
+        if prev_z is None:
+            rows = torch.addmm(constant.to(g.dtype), a, from_x).addmm_(by_g, from_g)
+            return from_pixel_matrix(rows, g.shape[0], g.shape[2], g.shape[3]), _nothing(g)
+        dx = from_pixel_matrix(torch.mm(a, from_x).addmm_(by_g, from_g), g.shape[0], g.shape[2], g.shape[3])
+        return dx, _kernel("tails", "drelu_")(dx, prev_z, prev_bn, constant)
+
+
+@functools.cache
+def _is_measured() -> bool:
+    return torch.cuda.get_device_capability() >= _MEASURED_FROM
+
+
+@functools.cache
+def _kernel(module: str, name: str) -> Callable[..., Any]:
+    """A kernel that serves no op of its own. Triton is imported when it is first needed."""
+    return getattr(importlib.import_module(f"fusedres.kernels.{module}"), name)
+
+
+def _input(x: Tensor, in_bn: Tensor | None) -> Tensor:
+    """A conv's input with its prologue materialised."""
+    return channels_last(x) if in_bn is None else TRITON.scale_shift_add_relu(x, in_bn, None, None, True)
+
+
+def _nothing(like: Tensor) -> Tensor:
+    return like.new_empty(0, dtype=acc_dtype(like.dtype))
+
+
+def _drelu_(dx: Tensor, prev_z: Tensor | None, prev_bn: Tensor | None) -> Tensor:
+    """The dgrad epilogue, in place on a ``dx`` that its op made: mask by the ReLU before, return that BN's sums."""
+    return _nothing(dx) if prev_z is None else _kernel("tails", "drelu_")(dx, prev_z, prev_bn)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` of half operands, accumulated and left in float32."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+
+
+CUDNN = CuDNNEngine()
