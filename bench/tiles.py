@@ -1,6 +1,6 @@
 """Every convolution of a ResNet-50 with every candidate tile on this GPU, beside the vendor's own: what the table needs.
 
-    python bench/tiles.py [--batch 256] [--ops conv_fprop conv_dgrad conv_wgrad] [--seconds 150] [--out FILE]
+    python bench/tiles.py [--batch 256] [--forms conv_fprop:eval conv_dgrad:drelu ...] [--seconds 150] [--out FILE]
 
 Builds are compiled by all cores first; then each candidate runs in turn, timed by events, caches cold. Of each problem the
 tiles are printed from the fastest on, with the vendor's conv alone (without statistics, prologue or epilogue) and the
@@ -35,12 +35,9 @@ GEMM = [
     Tile(128, 64, 32, 4, 4),
     Tile(128, 128, 64, 8, 3),
     Tile(128, 128, 64, 4, 3),
-    Tile(128, 128, 32, 8, 4),
     Tile(128, 256, 64, 8, 3),
-    Tile(256, 64, 64, 8, 3),
     Tile(256, 128, 64, 8, 3),
     Tile(64, 128, 64, 4, 4),
-    Tile(64, 256, 64, 8, 3),
 ]
 CANDIDATES = {
     "conv_fprop": GEMM,
@@ -77,11 +74,13 @@ class Case(NamedTuple):
         return f"{self.op} {self.form} {p.C}->{p.K} {p.R}x{p.S} of {p.H}x{p.W} stride {p.stride[0]}"
 
 
-def cases(batch: int, ops: list[str]) -> Iterator[Case]:
+def cases(batch: int, forms: list[str]) -> Iterator[Case]:
     for problem, count in resnet50_problems().items():
-        for op, form in (STEM_FORMS if problem.C < 16 else FORMS).items():
-            if op in ops:
-                yield Case(op, form, replace(problem, N=batch), count)
+        for op, form in (form.split(":") for form in forms):
+            is_stem = problem.C < 16
+            if is_stem and op == "conv_dgrad":
+                continue
+            yield Case(op, STEM_FORMS[op] if is_stem and form == FORMS[op] else form, replace(problem, N=batch), count)
 
 
 class Gpu(aot.Operands):
@@ -97,7 +96,9 @@ class Gpu(aot.Operands):
 
 def call_of(case: Case, operands: Gpu) -> Callable[[], Any]:
     function, calls = {op: rest for op, *rest in aot.OPS}[case.op]
-    args = dict(calls(operands))[case.form]
+    args = dict(calls(operands))[case.form.removeprefix("plain ")]
+    if case.form.startswith("plain "):  # a gradient that is there already
+        args = (args[0], None, None, None, 0.0, *args[5:])
     return lambda: function(*args)
 
 
@@ -146,7 +147,7 @@ def measure(case: Case, bandwidth: float, failed: set[tuple[Case, Tile]]) -> dic
         if (case, tile) not in failed:
             with configs.trying(tile):
                 found[" ".join(map(str, tile[:5]))] = milliseconds(call)
-    moved = bytes_moved(aot.Plan(case.op, case.form, case.problem, DTYPE, ()))
+    moved = bytes_moved(aot.Plan(case.op, "train" if case.form.startswith("plain ") else case.form, case.problem, DTYPE, ()))
     flops = 2 * case.problem.gemm_m * case.problem.K * case.problem.C * case.problem.R * case.problem.S
     return {
         "case": str(case),
@@ -161,7 +162,7 @@ def measure(case: Case, bandwidth: float, failed: set[tuple[Case, Tile]]) -> dic
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--ops", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
+    parser.add_argument("--forms", nargs="+", default=[":".join(item) for item in FORMS.items()])
     parser.add_argument("--seconds", type=float, default=150, help="stop measuring after so long")
     parser.add_argument("--out", type=Path, default=Path("tiles.json"))
     args = parser.parse_args()
@@ -170,7 +171,7 @@ def main() -> int:
         return 2
     start = time.monotonic()
     torch.backends.cudnn.benchmark = True
-    todo = [(case, tile) for case in cases(args.batch, args.ops) for tile in case.candidates]
+    todo = [(case, tile) for case in cases(args.batch, args.forms) for tile in case.candidates]
     with multiprocessing.get_context("spawn").Pool(min(len(os.sched_getaffinity(0)), 15)) as pool:
         errors = pool.map(compile_one, todo, chunksize=1)
     failed = {item for item, error in zip(todo, errors, strict=True) if error}
@@ -179,7 +180,7 @@ def main() -> int:
             print(f"{case} {tile[:5]}: {error}")
     print(f"{len(todo)} candidates, {len(failed)} of them none here, after {time.monotonic() - start:.0f} s", flush=True)
     bandwidth, rows = copy_bandwidth(), []
-    for case in cases(args.batch, args.ops):
+    for case in cases(args.batch, args.forms):
         if time.monotonic() - start > args.seconds:
             print(f"stopped before {case}")
             break

@@ -91,7 +91,7 @@ def without_native(tmp_path: Path) -> Path:
 
 def test_unknown_engine_is_refused_by_name() -> None:
     with (
-        pytest.raises(ValueError, match="no engine is named 'gpu'; there are cuda, triton, cpu, reference"),
+        pytest.raises(ValueError, match="no engine is named 'gpu'; there are cuda, cudnn, triton, cpu, reference"),
         fusedres.engine("gpu"),
     ):
         pass
