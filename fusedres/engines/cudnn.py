@@ -84,6 +84,10 @@ class CuDNNEngine(Engine):
         prev_bn: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         dz = g if bn is None else TRITON.dbn(g, z, bn, sums, inv_count)
+        is_plain_gemm = (*w.shape[2:], *stride, *padding, groups) == (1, 1, 1, 1, 0, 0, 1)
+        if is_plain_gemm and residual is not None and prev_z is None:  # what the sum costs apart is more than the conv
+            plain = (dz, None, None, None, 0.0, w, input_size, stride, padding, dilation, groups)
+            return TRITON.conv_dgrad(*plain, residual, residual_stride, None, None)
         x = new_activation(dz, (dz.shape[0], w.shape[1] * groups, *input_size))  # only its shape is read
         w = channels_last(w)
         dx = reference.convolution_backward(channels_last(dz), x, w, stride, padding, dilation, groups, (True, False))[0]
@@ -118,9 +122,9 @@ class CuDNNEngine(Engine):
         of the mean after it is too small to cancel digits."""
         rows = pixel_matrix(_input(x, in_bn), stride)
         mean = _kernel("channel_stats", "channel_stats")(rows[:, :, None, None])[1]
-        pivot = mean.to(x.dtype)
-        centred, left = rows - pivot, mean - pivot
-        return torch.cat([_product(centred.t(), centred).addr_(left, left, alpha=-rows.shape[0]), mean[None]])
+        centred = _kernel("pointwise", "centre")(rows, mean)
+        products = _product(centred.t(), centred)
+        return _kernel("pointwise", "finish_moments")(products, mean, rows.shape[0], x.dtype)
 
     @staticmethod
     def pointwise_wgrad(
@@ -135,8 +139,7 @@ class CuDNNEngine(Engine):
         stride: Sequence[int],
     ) -> tuple[Tensor, Tensor]:
         product = _product(pixel_matrix(g).t(), pixel_matrix(_input(x, in_bn), stride))
-        product = product.addr_(sum_g, moments[-1], alpha=-1)  # the input around its mean
-        return reference.pointwise_wgrad_from_product(product, sum_g, moments, w, bn, inv_count)
+        return _kernel("pointwise", "pointwise_wgrad_of_product")(product, sum_g, moments, w, bn, inv_count)
 
     @staticmethod
     def pointwise_dgrad(
@@ -152,10 +155,7 @@ class CuDNNEngine(Engine):
         prev_z: Tensor | None,
         prev_bn: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        from_g, from_x = (t.to(g.dtype) for t in reference.pointwise_dgrad_operands(moments, w, bn, sums, inv_count)[:2])
-        # A BN's gradients sum to zero over the batch. The constant sees to that with the matrices as they are rounded:
-        # their error would be the same at every pixel, and grow with the sums that the BN before takes of them.
-        constant = -(inv_count * (sums[0] @ from_g.float()) + moments[-1] @ from_x.float())
+        from_g, from_x, constant = _kernel("pointwise", "pointwise_dgrad_operands")(moments, w, bn, sums, inv_count)
         a, by_g = pixel_matrix(_input(x, in_bn), stride), pixel_matrix(g)
         if prev_z is None:
             rows = torch.addmm(constant.to(g.dtype), a, from_x).addmm_(by_g, from_g)
