@@ -1,10 +1,12 @@
 """ResNets on the GPU: fused against eager channels_last and torch.compile, in training and eval, as JSON.
 
-    python bench/gpu.py [--batch 256] [--arch resnet50] [--rounds 20] [--out bench/results]
+    python bench/gpu.py [--batch 256] [--arch resnet50] [--rounds 20] [--dtypes float16 bfloat16] [--compile]
+                        [--serve 1 128] [--out bench/results]
 
-Contestants take turns within one run; figures are medians of wall time around a synchronised step. A training step is
-zero_grad, forward under autocast, cross_entropy and backward, without optimizer. The result goes to
-``<out>/<gpu-name>/``. Exit code 2 where there is no GPU.
+Contestants take turns within one run; figures are medians of wall time around a synchronised step, launched op by op
+and replayed as a CUDA graph ("<name> graph"). A training step is zero_grad, forward under autocast, cross_entropy and
+backward, without optimizer. ``--serve``: batches of an eval in float16 weights, as a server runs it, by every engine.
+The result goes to ``<out>/<gpu-name>/``. Exit code 2 where there is no GPU.
 """
 
 from __future__ import annotations
@@ -40,6 +42,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--side", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--serve", nargs="*", type=int, default=[1, 128])
     parser.add_argument("--compile", action="store_true", help="time torch.compile(mode='max-autotune') of eager too")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     return parser.parse_args()
@@ -78,6 +82,20 @@ def inference(model: nn.Module, inputs: list[Tensor], dtype: torch.dtype) -> Cal
     return run
 
 
+def captured(step: Callable[[], None]) -> Callable[[], None]:
+    """``step`` as one CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # allocations, choices of algorithms, compilation
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
 def prove(models: dict[str, nn.Module], x: Tensor, dtype: torch.dtype) -> dict[str, float]:
     """Errors of the logits against float64, relative to the largest; the fused one is at most twice eager's."""
     x = x[:8]
@@ -107,16 +125,49 @@ def measure(models: dict[str, nn.Module], args: argparse.Namespace, dtype: torch
             name: training_step(m, inputs, labels, dtype) if is_training else inference(m, inputs, dtype)
             for name, m in models.items()
         }
+        steps |= {f"{name} graph": captured(step) for name, step in steps.items() if name != "compiled"}
         samples = interleaved(steps, args.rounds, "cuda", warmup=5)
         seconds = medians(samples)
         found[mode] = {
             "seconds": seconds,
             "images_per_second": {name: args.batch / s for name, s in seconds.items()},
             "speedup_over_eager": seconds["eager"] / seconds["fused"],
+            "speedup_over_eager_as_graphs": seconds["eager graph"] / seconds["fused graph"],
             "samples": samples,
         }
-        print(f"{args.arch} {dtype} {mode}: { ({k: f'{1e3 * s:.2f} ms' for k, s in seconds.items()}) }", flush=True)
+        del steps
+        print(f"{args.arch} {dtype} {mode}: {milliseconds(samples)}", flush=True)
     return found
+
+
+def milliseconds(samples: dict[str, list[float]]) -> str:
+    """The medians, to be read."""
+    return ", ".join(f"{name} {1e3 * seconds:.3f} ms" for name, seconds in medians(samples).items())
+
+
+def serve(models: dict[str, nn.Module], args: argparse.Namespace) -> dict[str, Any]:
+    """Eval of float16 models as CUDA graphs, by batch: eager, fused, and fused by each GPU engine asked for by name."""
+    found: dict[str, Any] = {}
+    for batch in args.serve:
+        size = (batch, 3, args.side, args.side)
+        x = torch.randn(size, device="cuda", dtype=torch.float16).to(memory_format=torch.channels_last)
+        steps = {"eager": captured(forward(models["eager"], x))}
+        for engine in (None, "triton", "cuda"):
+            with fusedres.engine(engine):
+                name = "fused" if engine is None else f"fused by {engine}"
+                steps[name] = captured(forward(models["fused"], x))
+        samples = interleaved(steps, args.rounds, "cuda", warmup=5)
+        found[str(batch)] = {"seconds": medians(samples), "samples": samples}
+        print(f"{args.arch} eval of {batch}: {milliseconds(samples)}", flush=True)
+    return found
+
+
+def forward(model: nn.Module, x: Tensor) -> Callable[[], None]:
+    def run() -> None:
+        with torch.inference_mode():
+            model(x)
+
+    return run
 
 
 def main() -> int:
@@ -136,7 +187,11 @@ def main() -> int:
         "clock": "time.perf_counter around torch.accelerator.synchronize",
         "engines": {name: dispatch.choose("conv_fprop", "cuda", dtype).engine.name for name, dtype in DTYPES.items()},
     }
-    results = facts | {name: measure(models, args, dtype) for name, dtype in DTYPES.items()}
+    results = facts | {name: measure(models, args, DTYPES[name]) for name in args.dtypes}
+    models.pop("compiled", None)
+    for model in models.values():
+        fusedres.freeze(model.eval().half())
+    results["serve"] = serve(models, args)
     name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
     path = args.out / name / f"{args.arch}-batch{args.batch}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

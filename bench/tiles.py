@@ -1,10 +1,10 @@
-"""Every convolution of a ResNet-50 with every candidate tile on this GPU, beside the vendor's own: what the table needs.
+"""Every convolution of a ResNet-50 with every candidate tile on this GPU, beside the vendor's own: for the table.
 
     python bench/tiles.py [--batch 256] [--forms conv_fprop:eval conv_dgrad:drelu ...] [--seconds 150] [--out FILE]
 
-Builds are compiled by all cores first; then each candidate runs in turn, timed by events, caches cold. Of each problem the
-tiles are printed from the fastest on, with the vendor's conv alone (without statistics, prologue or epilogue) and the
-time that the bytes of the fused op need at the bandwidth of a large copy. Exit code 2 where there is no GPU.
+Builds are compiled by all cores first; then each candidate runs in turn, timed by events, caches cold. Of each problem
+the fastest tiles are printed, with the vendor's conv alone (without statistics, prologue or epilogue) and the time that
+the bytes of the fused op need at the bandwidth of a large copy. Exit code 2 where there is no GPU.
 """
 
 from __future__ import annotations
@@ -147,7 +147,9 @@ def measure(case: Case, bandwidth: float, failed: set[tuple[Case, Tile]]) -> dic
         if (case, tile) not in failed:
             with configs.trying(tile):
                 found[" ".join(map(str, tile[:5]))] = milliseconds(call)
-    moved = bytes_moved(aot.Plan(case.op, "train" if case.form.startswith("plain ") else case.form, case.problem, DTYPE, ()))
+    moved = bytes_moved(
+        aot.Plan(case.op, "train" if case.form.startswith("plain ") else case.form, case.problem, DTYPE, ())
+    )
     flops = 2 * case.problem.gemm_m * case.problem.K * case.problem.C * case.problem.R * case.problem.S
     return {
         "case": str(case),
@@ -178,7 +180,9 @@ def main() -> int:
     for (case, tile), error in zip(todo, errors, strict=True):
         if error:
             print(f"{case} {tile[:5]}: {error}")
-    print(f"{len(todo)} candidates, {len(failed)} of them none here, after {time.monotonic() - start:.0f} s", flush=True)
+    print(
+        f"{len(todo)} candidates, {len(failed)} of them none here, after {time.monotonic() - start:.0f} s", flush=True
+    )
     bandwidth, rows = copy_bandwidth(), []
     for case in cases(args.batch, args.forms):
         if time.monotonic() - start > args.seconds:

@@ -50,6 +50,7 @@ class _Call(NamedTuple):
     device: torch.device
     shortcut: str
     relu: bool
+    is_autocast: bool
     engine: str | None
 
 
@@ -149,7 +150,8 @@ def recall(
         or not last.entry.follows(pairs[0].conv, last.tensors)
     ):
         return None
-    return last.entry.run(x, None)
+    with autocast.suspended(x.device.type):
+        return last.entry.run(x, None)
 
 
 def remember(
@@ -170,13 +172,14 @@ def remember(
 
 
 def _may_recall(x: Tensor) -> bool:
+    """Under autocast only an input of its dtype enters a chain as it is."""
     is_recorded = torch.compiler.is_compiling() or is_traced()
-    return not (torch.is_grad_enabled() or is_recorded or autocast.is_on(x.device.type))
+    return not (torch.is_grad_enabled() or is_recorded) and x.dtype == autocast.compute_dtype(x)
 
 
 def _call(x: Tensor, shortcut: ConvBN | Tensor | None, relu: bool) -> _Call:
     kind = "input" if shortcut is x else type(shortcut).__name__
-    return _Call(x.shape, x.dtype, x.device, kind, relu, dispatch.forced())
+    return _Call(x.shape, x.dtype, x.device, kind, relu, autocast.is_on(x.device.type), dispatch.forced())
 
 
 def _modules(

@@ -116,14 +116,15 @@ def residual_chain(
     x_format, x = x, _entering(x)
     given = None if given is None else channels_last(given.to(x.dtype))
     spec = ChainSpec(tuple(units[: len(pairs)]), units[-1] if projection else None, residual, relu, memory)
+    is_folded = folding.serves(spec, x, given, convs)
     with autocast.suspended(x.device.type):
-        if folding.serves(spec, x, given, convs):
+        if is_folded:
             y = folding.run(spec, x, given, convs)
-            if x is x_format:
-                folding.remember(x, pairs, shortcut, relu, activations)
         else:
             tensors = [_cast(unit_tensors(p), x.dtype) for p in convs]
             y = chain(spec, x, given, tensors[: len(pairs)], tensors[-1] if projection else None)
+    if is_folded and x is x_format:
+        folding.remember(x, pairs, shortcut, relu, activations)
     return _leaving(y, x_format)
 
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedres import reference
-from fusedres.kernels.launch import run
+from fusedres.kernels.launch import cdiv, run
 from fusedres.kernels.tile import cast
 from fusedres.layout import BN_ROWS
 
@@ -144,7 +144,7 @@ def bn_constants(
         return reference.bn_constants(mean, var, weight, bias, eps, dtype)
     k = mean.shape[0]
     bn = mean.new_empty(BN_ROWS, k, dtype=dtype)
-    grid = (triton.cdiv(k, _BLOCK),)
+    grid = (cdiv(k, _BLOCK),)
     run(
         bn_constants_kernel,
         grid,
@@ -185,7 +185,7 @@ def bn_fold(w: Tensor, bias: Tensor | None, bn: Tensor) -> tuple[Tensor, Tensor]
     k, row_size = w.shape[0], w[0].numel() if w.shape[0] else 0
     folded_w, folded_bias = torch.empty_like(w), w.new_empty(k)
     if w.numel():
-        grid = (k, triton.cdiv(row_size, _BLOCK))
+        grid = (k, cdiv(row_size, _BLOCK))
         run(
             bn_fold_kernel,
             grid,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedres.kernels.launch import run
+from fusedres.kernels.launch import cdiv, run
 from fusedres.kernels.reduce import merge_parts
 from fusedres.kernels.sums import rows_each
 from fusedres.kernels.tails import WARPS, sums_tile_shape, tile_of_matrix
@@ -52,10 +52,8 @@ def channel_stats(x: Tensor) -> Tensor:
     m = x.numel() // max(c, 1)
     block_m, block_c = sums_tile_shape(c, x.element_size())
     each = rows_each(m, c, block_m, block_c)
-    parts = x.new_empty((triton.cdiv(m, each) if m else 0, STAT_ROWS, c), dtype=acc_dtype(x.dtype))
+    parts = x.new_empty((cdiv(m, each) if m else 0, STAT_ROWS, c), dtype=acc_dtype(x.dtype))
     if x.numel():
-        grid = (parts.shape[0], triton.cdiv(c, block_c))
-        run(
-            channel_stats_kernel, grid, x, parts, m, c, each, BLOCK_M=block_m, BLOCK_C=block_c, num_warps=WARPS
-        )
+        grid = (parts.shape[0], cdiv(c, block_c))
+        run(channel_stats_kernel, grid, x, parts, m, c, each, BLOCK_M=block_m, BLOCK_C=block_c, num_warps=WARPS)
     return merge_parts(parts)

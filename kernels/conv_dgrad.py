@@ -19,6 +19,7 @@ from fusedres.kernels import configs
 from fusedres.kernels.epilogue import drelu, tile_sums
 from fusedres.kernels.groups import blocking
 from fusedres.kernels.launch import (
+    cdiv,
     check_operands,
     check_pixels,
     contiguous,
@@ -252,10 +253,10 @@ def conv_dgrad(
     gathers = k % 16 != 0 or problem.C % 16 != 0
     tile = configs.choose(configs.machine(g.device).dgrad, g.element_size(), blocks.c, gathers)
     classes = problem.stride[0] * problem.stride[1]
-    class_h, class_w = triton.cdiv(problem.H, problem.stride[0]), triton.cdiv(problem.W, problem.stride[1])
+    class_h, class_w = cdiv(problem.H, problem.stride[0]), cdiv(problem.W, problem.stride[1])
     gemm_m = problem.N * class_h * class_w
-    tiles_m = triton.cdiv(gemm_m, tile.block_m)
-    tiles_n = blocks.count * triton.cdiv(blocks.c, tile.block_n)
+    tiles_m = cdiv(gemm_m, tile.block_m)
+    tiles_n = blocks.count * cdiv(blocks.c, tile.block_n)
     masks = prev_z is not None
     parts = g.new_empty((tiles_m * classes if masks else 0, SUM_ROWS, problem.C), dtype=torch.float32)
     step_h, jump_h = _step(problem.stride[0], problem.dilation[0])

@@ -17,6 +17,7 @@ from fusedres.kernels import configs
 from fusedres.kernels.epilogue import tile_statistics
 from fusedres.kernels.groups import blocking, is_flat
 from fusedres.kernels.launch import (
+    cdiv,
     check_operands,
     check_pixels,
     contiguous,
@@ -211,8 +212,8 @@ def conv_fprop(
     blocks = blocking(problem)
     flat = is_flat(problem)
     tile = configs.choose(configs.machine(x.device).fprop, x.element_size(), blocks.k, flat or problem.C % 16 != 0)
-    tiles_m = triton.cdiv(problem.gemm_m, tile.block_m)
-    tiles_n = blocks.count * triton.cdiv(blocks.k, tile.block_n)
+    tiles_m = cdiv(problem.gemm_m, tile.block_m)
+    tiles_n = blocks.count * cdiv(blocks.k, tile.block_n)
     parts = x.new_empty((tiles_m if genstats else 0, STAT_ROWS, problem.K), dtype=torch.float32)
     if tiles_m:
         run(

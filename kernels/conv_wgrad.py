@@ -17,6 +17,7 @@ from torch import Tensor
 from fusedres.kernels import configs
 from fusedres.kernels.groups import blocking, is_flat
 from fusedres.kernels.launch import (
+    cdiv,
     check_operands,
     check_pixels,
     contiguous,
@@ -153,7 +154,7 @@ def conv_wgrad_kernel(
 def chunk_of(pixels: int, tiles: int, programs: int, block: int) -> int:
     """Pixels that one program sums: as many chunks as give ``programs`` programs, none shorter than ``_MIN_STEPS``."""
     chunks = max(1, min(programs // tiles, pixels // (block * _MIN_STEPS)))
-    return triton.cdiv(triton.cdiv(pixels, chunks), block) * block
+    return cdiv(cdiv(pixels, chunks), block) * block
 
 
 def conv_wgrad(
@@ -193,10 +194,10 @@ def conv_wgrad(
     flat = is_flat(problem)
     gathers = flat or k % 16 != 0 or problem.C % 16 != 0
     tile = configs.choose(machine.wgrad, x.element_size(), taps * blocks.c if flat else blocks.c, gathers)
-    tiles_m = blocks.count * triton.cdiv(blocks.k, tile.block_m)
-    tiles_n = triton.cdiv(taps * blocks.c, tile.block_n) if flat else taps * triton.cdiv(blocks.c, tile.block_n)
+    tiles_m = blocks.count * cdiv(blocks.k, tile.block_m)
+    tiles_n = cdiv(taps * blocks.c, tile.block_n) if flat else taps * cdiv(blocks.c, tile.block_n)
     chunk = chunk_of(problem.gemm_m, tiles_m * tiles_n, machine.programs, tile.block_k)
-    chunks = triton.cdiv(problem.gemm_m, chunk)
+    chunks = cdiv(problem.gemm_m, chunk)
     parts = None if chunks == 1 else x.new_empty((chunks, dw.numel()), dtype=torch.float32)
     run(
         conv_wgrad_kernel,

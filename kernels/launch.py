@@ -22,6 +22,11 @@ MAX_PIXELS = 2**31 - 2**12
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def cdiv(a: int, b: int) -> int:
+    """``a / b`` rounded up. Triton's own is made for kernels as well, and ten times as slow on the host."""
+    return -(-a // b)
+
+
 class Launch(NamedTuple):
     """One launch: ``kernel[grid](*args, **constants)``; the constants include num_warps and num_stages."""
 

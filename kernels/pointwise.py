@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedres.kernels.launch import run
+from fusedres.kernels.launch import cdiv, run
 from fusedres.kernels.prologue import dbn_factors
 from fusedres.kernels.tile import cast
 from fusedres.layout import STAT_ROWS, SUM_ROWS
@@ -72,7 +72,7 @@ def centre(rows: Tensor, mean: Tensor) -> Tensor:
     out, block_c = torch.empty_like(rows), min(triton.next_power_of_2(c), _BLOCK_C)
     block_m = max(4096 // block_c, 1)
     if m:
-        grid = (triton.cdiv(m, block_m), triton.cdiv(c, block_c))
+        grid = (cdiv(m, block_m), cdiv(c, block_c))
         run(centre_kernel, grid, rows, mean, out, m, c, BLOCK_M=block_m, BLOCK_C=block_c, num_warps=_WARPS)
     return out
 
@@ -84,7 +84,7 @@ def finish_moments(products: Tensor, mean: Tensor, count: int, dtype: torch.dtyp
     """(C, C) ``products`` of centred rows of ``dtype`` and their ``mean`` -> moments (C+1, C) float32."""
     c = products.shape[0]
     moments = products.new_empty(c + 1, c)
-    grid = (triton.cdiv(c, _BLOCK_K), triton.cdiv(c, _BLOCK_C))
+    grid = (cdiv(c, _BLOCK_K), cdiv(c, _BLOCK_C))
     constants = {"HALF": _TYPES[dtype], "BLOCK_K": _BLOCK_K, "BLOCK_C": _BLOCK_C, "num_warps": _WARPS}
     run(moments_kernel, grid, products, mean, moments, float(count), c, **constants)
     return moments
@@ -117,7 +117,7 @@ def pointwise_stats(moments: Tensor, w: Tensor, bias: Tensor | None, count: int)
     stats = moments.new_empty(STAT_ROWS, k)
     run(
         pointwise_stats_kernel,
-        (triton.cdiv(k, _BLOCK_K),),
+        (cdiv(k, _BLOCK_K),),
         w,
         weight_moments(w, moments),
         moments,
@@ -170,7 +170,7 @@ def pointwise_wgrad_of_product(
     dw, sums = torch.empty_like(rows), product.new_empty(SUM_ROWS, k)
     run(
         pointwise_wgrad_kernel,
-        (triton.cdiv(k, _BLOCK_K),),
+        (cdiv(k, _BLOCK_K),),
         product,
         sum_g.contiguous(),
         rows,
@@ -214,7 +214,9 @@ def constant_kernel(
         k = start + tl.arange(0, BLOCK_K)
         mask = (k < K)[:, None] & (column < C)[None, :]
         dbeta = tl.load(sums + k, mask=k < K, other=0.0) * inv_count
-        total += dbeta[:, None] * tl.load(from_g + k[:, None] * C + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        total += dbeta[:, None] * tl.load(from_g + k[:, None] * C + column[None, :], mask=mask, other=0.0).to(
+            tl.float32
+        )
     for start in range(0, C, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         mask = (k < C)[:, None] & (column < C)[None, :]
@@ -238,12 +240,12 @@ def pointwise_dgrad_operands(
     w = matrix(w)
     k, c = w.shape
     from_g, (weight, scaled) = torch.empty_like(w), moments.new_empty(2, k, c)
-    grid = (triton.cdiv(k, _BLOCK_K), triton.cdiv(c, _BLOCK_C))
+    grid = (cdiv(k, _BLOCK_K), cdiv(c, _BLOCK_C))
     blocks = {"BLOCK_K": _BLOCK_K, "BLOCK_C": _BLOCK_C, "num_warps": _WARPS}
     run(scaled_weights_kernel, grid, w, bn, sums, from_g, weight, scaled, inv_count, k, c, **blocks)
     product = torch.mm(weight.t(), scaled)
     from_x, constant = w.new_empty(c, c), moments.new_empty(c)
     blocks = {"BLOCK_K": 64, "BLOCK_C": 16, "num_warps": _WARPS}
     operands = (from_g, product, sums, moments, from_x, constant, inv_count, k, c)
-    run(constant_kernel, (triton.cdiv(c, 16),), *operands, **blocks)
+    run(constant_kernel, (cdiv(c, 16),), *operands, **blocks)
     return from_g, from_x, constant

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedres.kernels.epilogue import drelu
-from fusedres.kernels.launch import run
+from fusedres.kernels.launch import cdiv, run
 from fusedres.kernels.prologue import bn_relu, bn_scale_shift, dbn, dbn_constant, dbn_factors
 from fusedres.kernels.sums import PROGRAMS, ROWS, merge_sums, new_partials
 from fusedres.kernels.tile import cast
@@ -88,7 +88,7 @@ def bn_relu_maxpool(z: Tensor, bn: Tensor, kernel_size: int, stride: int, paddin
         block_q, block_c = tile_shape(q, c)
         run(
             bn_relu_maxpool_kernel,
-            (n * p, triton.cdiv(q, block_q), triton.cdiv(c, block_c)),
+            (n * p, cdiv(q, block_q), cdiv(c, block_c)),
             z,
             bn,
             y,
@@ -240,9 +240,9 @@ def bn_relu_maxpool_backward(
     n, c, h, w = z.shape
     dz, (p, q), lines = new_activation(z, z.shape), dy.shape[2:], n * h
     pool = {"KERNEL": kernel_size, "STRIDE": stride, "PADDING": padding}
-    (block_q, block_c), each = tile_shape(w, c), max(triton.cdiv(lines, PROGRAMS), 1)
+    (block_q, block_c), each = tile_shape(w, c), max(cdiv(lines, PROGRAMS), 1)
     tile = {"BLOCK_Q": block_q, "BLOCK_C": block_c, "num_warps": WARPS}
-    column_blocks, channel_blocks = triton.cdiv(w, block_q), triton.cdiv(c, block_c)
+    column_blocks, channel_blocks = cdiv(w, block_q), cdiv(c, block_c)
     partials = new_partials(z, lines, c, each)
     if z.numel():
         run(

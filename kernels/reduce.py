@@ -11,13 +11,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedres.kernels.epilogue import merge_rows, merge_statistics
-from fusedres.kernels.launch import run
+from fusedres.kernels.launch import cdiv, run
 from fusedres.kernels.tile import cast
 from fusedres.layout import STAT_ROWS
 
 #: Parts that one program merges. More parts take several launches, each with enough programs to fill a GPU.
-FAN = 256
-_ROWS, _CHANNELS = 32, 32
+FAN = 1024
+_ROWS, _CHANNELS = 128, 32
 _SUM_ROWS, _SUM_COLUMNS = 8, 128
 
 
@@ -66,8 +66,8 @@ def merge_parts(parts: Tensor) -> Tensor:
     if count == 0:
         return parts.new_zeros(STAT_ROWS, channels)
     while count > 1:
-        merged = parts.new_empty(triton.cdiv(count, FAN), STAT_ROWS, channels)
-        grid = (merged.shape[0], triton.cdiv(channels, _CHANNELS))
+        merged = parts.new_empty(cdiv(count, FAN), STAT_ROWS, channels)
+        grid = (merged.shape[0], cdiv(channels, _CHANNELS))
         run(
             merge_statistics_kernel,
             grid,
@@ -90,9 +90,9 @@ def sum_parts(parts: Tensor, dtype: torch.dtype = torch.float32, fan: int = FAN)
     if count == 0:
         return parts.new_zeros(size, dtype=dtype)
     while True:
-        remaining = triton.cdiv(count, fan)
+        remaining = cdiv(count, fan)
         summed = parts.new_empty(remaining, size, dtype=dtype if remaining == 1 else torch.float32)
-        grid = (remaining, triton.cdiv(size, _SUM_COLUMNS))
+        grid = (remaining, cdiv(size, _SUM_COLUMNS))
         run(sum_kernel, grid, parts, summed, count, size, fan, ROWS=_SUM_ROWS, BLOCK=_SUM_COLUMNS, num_warps=4)
         if remaining == 1:
             return summed[0]

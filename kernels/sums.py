@@ -10,19 +10,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedres.kernels.launch import run
+from fusedres.kernels.launch import cdiv, run
 from fusedres.layout import SUM_ROWS, acc_dtype
 
 ROWS = tl.constexpr(3)
 PROGRAMS = 1024  # about what the largest GPU here keeps in flight at 8 blocks of 4 warps an SM
 _BLOCK_C = 32
-_BLOCK_P = 32
+_BLOCK_P = 128
 
 
 def rows_each(m: int, c: int, block_m: int, block_c: int) -> int:
     """How many of ``m`` rows each program sums: whole tiles, few enough programs that their partials stay small."""
-    programs = max(PROGRAMS // triton.cdiv(c, block_c), 1)
-    return triton.cdiv(triton.cdiv(m, programs), block_m) * block_m
+    programs = max(PROGRAMS // cdiv(c, block_c), 1)
+    return cdiv(cdiv(m, programs), block_m) * block_m
 
 
 @triton.jit
@@ -73,7 +73,7 @@ def merge_sums(partials: Tensor, bn: Tensor | None, residual_bn: Tensor | None) 
     if c:
         run(
             merge_sums_kernel,
-            (triton.cdiv(c, _BLOCK_C),),
+            (cdiv(c, _BLOCK_C),),
             partials,
             bn,
             residual_bn,
@@ -85,11 +85,11 @@ def merge_sums(partials: Tensor, bn: Tensor | None, residual_bn: Tensor | None) 
             HAS_RESIDUAL=residual_bn is not None,
             BLOCK_P=_BLOCK_P,
             BLOCK_C=_BLOCK_C,
-            num_warps=4,
+            num_warps=8,
         )
     return sums, residual_sums
 
 
 def new_partials(like: Tensor, m: int, c: int, each: int) -> Tensor:
     """Room for the partials of ``m`` rows; no program at all where ``m`` is 0, and the sums come out zero."""
-    return like.new_empty((triton.cdiv(m, each) if m else 0, ROWS.value, c), dtype=acc_dtype(like.dtype))
+    return like.new_empty((cdiv(m, each) if m else 0, ROWS.value, c), dtype=acc_dtype(like.dtype))

@@ -9,12 +9,14 @@ it 32-bit ones. Where ``c`` is a multiple of 16 every access is one of 16 bytes.
 
 from __future__ import annotations
 
+import functools
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fusedres.kernels.epilogue import drelu
-from fusedres.kernels.launch import run
+from fusedres.kernels.launch import cdiv, run
 from fusedres.kernels.prologue import activate, bn_scale_shift, gradient_form, gradient_vectors, load_gradient, relu
 from fusedres.kernels.sums import merge_sums, new_partials, rows_each
 from fusedres.kernels.tile import cast
@@ -25,6 +27,7 @@ _TILE_BYTES = 8192  # of one operand: four 16-byte accesses in flight for each o
 _MAX_BLOCK_C = 128
 
 
+@functools.cache
 def tile_shape(c: int, itemsize: int) -> tuple[int, int]:
     """(BLOCK_M, BLOCK_C) for ``c`` channels of ``itemsize`` bytes."""
     block_c = min(triton.next_power_of_2(c), _MAX_BLOCK_C)
@@ -86,7 +89,7 @@ def scale_shift_add_relu(
     m, (block_m, block_c) = z.numel() // c, tile_shape(c, z.element_size())
     run(
         scale_shift_add_relu_kernel,
-        (triton.cdiv(m, block_m), triton.cdiv(c, block_c)),
+        (cdiv(m, block_m), cdiv(c, block_c)),
         z,
         bn,
         residual,
@@ -121,7 +124,7 @@ def dbn(g: Tensor, z: Tensor | None, bn: Tensor, sums: Tensor | None, inv_count:
     if g.numel() == 0:
         return dz
     m, (block_m, block_c) = g.numel() // c, tile_shape(c, g.element_size())
-    grid = (triton.cdiv(m, block_m), triton.cdiv(c, block_c))
+    grid = (cdiv(m, block_m), cdiv(c, block_c))
     run(
         dbn_kernel,
         grid,
@@ -225,8 +228,8 @@ def drelu_dbn(
 def drelu_(dx: Tensor, z: Tensor, bn: Tensor, constant: Tensor | None = None) -> Tensor:
     """The backward of ``relu(scale*z + shift)``, in place on its gradient ``dx`` (N, C, H, W): sums (2, C) of its BN.
 
-    ``dx`` must be dense channels_last; ``z`` is of its shape and dtype, ``bn`` (4, C) float32. ``constant`` (C,) float32
-    is first added to every pixel of ``dx``.
+    ``dx`` must be dense channels_last; ``z`` is of its shape and dtype, ``bn`` (4, C) float32. ``constant`` (C,)
+    float32 is first added to every pixel of ``dx``.
     """
     return _drelu_dbn(dx, None, channels_last(z), bn, None, None, constant, dx, True)[1]
 
@@ -251,7 +254,7 @@ def _drelu_dbn(
     if dy.numel():
         run(
             drelu_dbn_kernel,
-            (partials.shape[0], triton.cdiv(c, block_c)),
+            (partials.shape[0], cdiv(c, block_c)),
             dy,
             y,
             z,

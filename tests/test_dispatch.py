@@ -17,7 +17,7 @@ from oracles import batch, needs_native
 
 import fusedres
 from fusedres import FusedBasicBlock, FusedBottleneck, dispatch, native
-from fusedres.engines import Engine
+from fusedres.engines import Engine, cudnn
 from fusedres.engines.cpu import CPU
 from fusedres.engines.reference import REFERENCE
 from fusedres.engines.triton import TRITON
@@ -215,7 +215,8 @@ def test_stem_backward_runs_under_the_engine_of_its_forward(recorder: Recorder) 
 def test_cpu_serves_every_op_where_the_native_library_is() -> None:
     for op in (name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if "fusedres::" in name):
         for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-            assert dispatch.choose(op, "cpu", dtype) == (CPU, (("cuda", NOT_ON_CUDA), ("triton", NOT_ON_CUDA)))
+            choice = dispatch.choose(op, "cpu", dtype)
+            assert choice == (CPU, tuple((name, NOT_ON_CUDA) for name in ("cuda", "cudnn", "triton")))
 
 
 def test_package_without_native_library_trains_and_evaluates(without_native: Path) -> None:
@@ -243,7 +244,7 @@ def test_package_without_triton_compiler_or_gpu_trains_and_evaluates(tmp_path: P
 
 
 def test_triton_is_the_first_choice_on_cuda_or_says_why_not() -> None:
-    choice = dispatch.choose("conv_fprop", "cuda", torch.float16)
+    choice = dispatch.choose("conv_fprop", "cuda", torch.float32)
     if TRITON.missing is None:
         assert choice.engine is TRITON
     else:
@@ -252,10 +253,30 @@ def test_triton_is_the_first_choice_on_cuda_or_says_why_not() -> None:
 
 
 def test_triton_stores_every_conv_output_so_that_it_closes_no_unit() -> None:
-    reasons = dict(dispatch.choose("pointwise_dgrad", "cuda", torch.float16).passed_over)
+    reasons = dict(dispatch.choose("pointwise_dgrad", "cuda", torch.float32).passed_over)
     assert reasons["triton"] == "it stores every conv's output, so that it needs no such op"
     assert not TRITON.closes_units
     assert dispatch.closes_units("cpu", torch.float32)
+
+
+@pytest.mark.parametrize(("capability", "engine"), [((9, 0), "cudnn"), ((10, 0), "cudnn"), ((8, 0), "triton")])
+def test_the_vendors_convs_come_first_on_gpus_like_those_they_were_measured_on(
+    capability: tuple[int, int], engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if TRITON.missing is not None:
+        pytest.skip(f"needs triton: {TRITON.missing}")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    cudnn._is_measured.cache_clear()
+    dispatch._choose.cache_clear()
+    try:
+        assert dispatch.choose("conv_fprop", "cuda", torch.float16).engine.name == engine
+        assert dispatch.fuses_prologue("conv_fprop", "cuda", torch.float16) == (engine == "triton")
+        assert dispatch.closes_units("cuda", torch.bfloat16) == (engine == "cudnn")
+        assert dispatch.choose("conv_fprop", "cuda", torch.float32).engine is TRITON
+    finally:
+        cudnn._is_measured.cache_clear()
+        dispatch._choose.cache_clear()
 
 
 def test_forcing_triton_gives_cpu_tensors_no_interpreter_unless_the_environment_asked_for_it() -> None:

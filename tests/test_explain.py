@@ -30,7 +30,8 @@ def test_every_fused_module_has_a_row_in_order() -> None:
 
 @needs_native
 def test_only_the_engines_for_gpus_are_passed_over_on_a_cpu_with_the_native_library() -> None:
-    reason = "; ".join(f"{e}: it computes on CUDA devices, the tensors are on cpu" for e in ("cuda", "triton"))
+    engines = ("cuda", "cudnn", "triton")
+    reason = "; ".join(f"{e}: it computes on CUDA devices, the tensors are on cpu" for e in engines)
     assert {(row.engine, row.folded, row.reason) for row in explain(Network())} == {("cpu", "cpu", reason)}
 
 

@@ -317,3 +317,12 @@ def test_copies_of_frozen_models_are_not_frozen(engine: str) -> None:
     for module in (twin, eager):
         module.bn1.weight.data.mul_(2)
     assert_accurate(output_results(twin, eager, x))
+
+
+def test_a_call_under_autocast_is_recalled_there_and_nowhere_else() -> None:
+    block, x = FusedBottleneck(16, 4).eval(), batch(2, 16, 7, 7, dtype=torch.bfloat16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        first, again = block(x), block(x)
+    assert torch.equal(first, again)
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"the input is torch\.bfloat16, the weight torch\.float32"):
+        block(x)

@@ -34,9 +34,10 @@ class CuDNNEngine(Engine):
     name = "cudnn"
 
     def rejects(self, op: str, device_type: str, dtype: torch.dtype) -> str | None:
-        if op in _PRODUCTS and dtype not in _DTYPES:
+        reason = TRITON.rejects("conv_fprop" if op in _PRODUCTS else op, device_type, dtype)
+        if reason is None and op in _PRODUCTS and dtype not in _DTYPES:
             return f"it has no products for {dtype}"
-        return TRITON.rejects("conv_fprop" if op in _PRODUCTS else op, device_type, dtype)
+        return reason
 
     def only_by_name(self, device_type: str) -> str | None:
         if device_type == "cuda" and _is_measured():
@@ -90,7 +91,9 @@ class CuDNNEngine(Engine):
             return TRITON.conv_dgrad(*plain, residual, residual_stride, None, None)
         x = new_activation(dz, (dz.shape[0], w.shape[1] * groups, *input_size))  # only its shape is read
         w = channels_last(w)
-        dx = reference.convolution_backward(channels_last(dz), x, w, stride, padding, dilation, groups, (True, False))[0]
+        dx = reference.convolution_backward(channels_last(dz), x, w, stride, padding, dilation, groups, (True, False))[
+            0
+        ]
         dx = channels_last(dx)
         if residual is not None:
             dx[:, :, :: residual_stride[0], :: residual_stride[1]] += residual
@@ -166,7 +169,7 @@ class CuDNNEngine(Engine):
 
 @functools.cache
 def _is_measured() -> bool:
-    return torch.cuda.get_device_capability() >= _MEASURED_FROM
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= _MEASURED_FROM
 
 
 @functools.cache

@@ -61,9 +61,7 @@ def test_error_of_a_step_is_at_most_twice_eagers(name: str, dtype: torch.dtype, 
 
 @pytest.mark.parametrize("memory", ["standard", "recompute"])
 def test_memory_modes_compute_the_same(memory: str, device: str) -> None:
-    fused, eager = (
-        decide_relus(m).bfloat16() for m in block_twins(FusedBottleneck, 12, 5, 2, memory=memory)
-    )
+    fused, eager = (decide_relus(m).bfloat16() for m in block_twins(FusedBottleneck, 12, 5, 2, memory=memory))
     draws = (batch(2, 12, 7, 6, dtype=torch.bfloat16, seed=seed) for seed in range(3))
     assert_accurate(*(device_step(fused, eager, x, device) for x in draws))
 
