@@ -17,7 +17,7 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +170,15 @@ def forward(model: nn.Module, x: Tensor) -> Callable[[], None]:
     return run
 
 
+def stages(models: dict[str, nn.Module], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for name in args.dtypes:
+        yield {name: measure(models, args, DTYPES[name])}
+    models.pop("compiled", None)
+    for model in models.values():
+        fusedres.freeze(model.eval().half())
+    yield {"serve": serve(models, args)}
+
+
 def main() -> int:
     args = parse()
     if not torch.cuda.is_available():
@@ -187,15 +196,12 @@ def main() -> int:
         "clock": "time.perf_counter around torch.accelerator.synchronize",
         "engines": {name: dispatch.choose("conv_fprop", "cuda", dtype).engine.name for name, dtype in DTYPES.items()},
     }
-    results = facts | {name: measure(models, args, DTYPES[name]) for name in args.dtypes}
-    models.pop("compiled", None)
-    for model in models.values():
-        fusedres.freeze(model.eval().half())
-    results["serve"] = serve(models, args)
     name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
     path = args.out / name / f"{args.arch}-batch{args.batch}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    for found in stages(models, args):  # what was measured is kept if a later stage fails
+        facts |= found
+        path.write_text(json.dumps(facts, indent=1) + "\n")
     print(f"wrote {path}")
     return 0
 

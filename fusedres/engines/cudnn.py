@@ -90,11 +90,8 @@ class CuDNNEngine(Engine):
             plain = (dz, None, None, None, 0.0, w, input_size, stride, padding, dilation, groups)
             return TRITON.conv_dgrad(*plain, residual, residual_stride, None, None)
         x = new_activation(dz, (dz.shape[0], w.shape[1] * groups, *input_size))  # only its shape is read
-        w = channels_last(w)
-        dx = reference.convolution_backward(channels_last(dz), x, w, stride, padding, dilation, groups, (True, False))[
-            0
-        ]
-        dx = channels_last(dx)
+        operands = (channels_last(dz), x, channels_last(w), stride, padding, dilation, groups)
+        dx = channels_last(reference.convolution_backward(*operands, (True, False))[0])
         if residual is not None:
             dx[:, :, :: residual_stride[0], :: residual_stride[1]] += residual
         return dx, _drelu_(dx, prev_z, prev_bn)

@@ -7,6 +7,7 @@ prologue and epilogue are taken, for the others are parts of them; of float32 a 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,10 +17,13 @@ from torch import Tensor
 from fusedres.kernels import aot, configs
 from fusedres.kernels.aot import PROBLEMS, Plan, build_of, plans
 from fusedres.kernels.bn_finalize import bn_constants, bn_finalize, bn_fold
+from fusedres.kernels.channel_stats import channel_stats
 from fusedres.kernels.cubin import MULTIPROCESSORS, usage
 from fusedres.kernels.launch import Launch, recording
+from fusedres.kernels.pointwise import centre, finish_moments, pointwise_dgrad_operands, pointwise_stats
+from fusedres.kernels.pointwise import pointwise_wgrad_of_product as pointwise_wgrad
 from fusedres.kernels.pool import bn_relu_maxpool, bn_relu_maxpool_backward
-from fusedres.kernels.tails import dbn, drelu_dbn, scale_shift_add_relu
+from fusedres.kernels.tails import dbn, drelu_, drelu_dbn, scale_shift_add_relu
 
 MACHINES = tuple(MULTIPROCESSORS)
 FORMS = {"train+prologue", "eval+residual", "residual", "drelu", "prologue"}
@@ -74,6 +78,8 @@ def tail_launches(dtype: torch.dtype) -> Iterator[Launch]:
     calls: list[tuple[Any, tuple[Any, ...]]] = [
         (scale_shift_add_relu, (z, bn, z, bn, True)),
         (drelu_dbn, (z, z, z, bn, z, bn)),
+        (drelu_, (z, z, bn, vector)),
+        (channel_stats, (z,)),
         (dbn, (z, z, bn, sums, 0.5)),
         (bn_relu_maxpool, (stem, stem_bn, *pool)),
         (bn_relu_maxpool_backward, (pooled, tap, stem, stem_bn, *pool, 0.5)),
@@ -98,7 +104,27 @@ def test_tails_fit_their_machine(dtype: torch.dtype, machine: str) -> None:
         assert found.shared_bytes <= MULTIPROCESSORS[machine].block_shared_bytes, f"{name}: {found[:4]}"
         accesses = found.instructions(ANY_ACCESS)
         assert any(a.startswith("ld.global.v4.b32") for a in accesses), f"{name}: {accesses}"
-    assert len(names) == 10
+    assert len(names) == 12
+
+
+@machines
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_small_products_of_closed_units_fit_their_machine(dtype: torch.dtype, machine: str) -> None:
+    c, k = 512, 2048
+    w, moments, bn, sums, mean = meta(k, c, 1, 1, dtype=dtype), meta(c + 1, c), meta(4, k), meta(2, k), meta(c)
+    names = set()
+    with recording() as launches:
+        centre(meta(12544, c, dtype=dtype), mean)
+        finish_moments(meta(c, c), mean, 12544, dtype)
+        pointwise_stats(moments, w, meta(k, dtype=dtype), 12544)
+        pointwise_wgrad(meta(k, c), meta(k), moments, w, bn, 1e-4)
+        pointwise_dgrad_operands(moments, w, bn, sums, 1e-4)
+    for launch in launches:
+        names.add(name := launch.kernel.fn.__name__)
+        found = usage(build_of(launch), machine)
+        assert found.spilled_bytes == 0, f"{name}: {found[:4]}"
+        assert found.shared_bytes <= MULTIPROCESSORS[machine].block_shared_bytes, f"{name}: {found[:4]}"
+    assert len(names) == 6
 
 
 @machines
@@ -114,3 +140,13 @@ def test_offsets_beyond_32_bits_are_compiled_in_where_a_tensor_needs_them() -> N
     )
     wide = [dict(plan.build.constexprs)["WIDE"] for plan in (small, large)]
     assert wide == [False, True]
+
+
+@pytest.mark.parametrize("name", ["1x1 to 256", "3x3 stride 2", "stem"])
+def test_kernels_with_offsets_of_64_bits_compile(name: str) -> None:
+    problem = replace(PROBLEMS[name], N=16384)
+    builds = {plan.build for plan in plans("sm90", problem, torch.float16) if plan.form in FORMS}
+    assert len(builds) == len(FORMS)
+    for build in builds:
+        assert dict(build.constexprs)["WIDE"]
+        assert usage(build, "sm90").spilled_bytes == 0
