@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU: the kernels' tests on the device, under compute-sanitizer where it is there, benchmarks.
-# PYTHON names the interpreter of an environment that has torch, triton, torchvision, setuptools and pytest; this package
-# is built into it, without network. Exits 2 where there is no GPU. It was written on a machine without one.
+# PYTHON names the interpreter of an environment that has torch, triton, torchvision, setuptools, pytest and xdist; this package
+# is built into it, without network. Exits 2 where there is no GPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -19,11 +19,11 @@ step "build"
 step "what is here"
 "$PYTHON" -m fusedres info
 step "kernels on the device"
-"$PYTHON" -m pytest -q tests/triton
+OMP_NUM_THREADS=1 "$PYTHON" -m pytest -q --numprocesses "$(nproc)" --dist worksteal tests/gpu tests/triton
 if command -v compute-sanitizer > /dev/null; then
   step "kernels under compute-sanitizer"
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 3 --target-processes all \
-    "$PYTHON" -m pytest -q -x tests/triton/test_engine.py -k "twice_eagers and not half"
+    "$PYTHON" -m pytest -q -x tests/gpu -k "not network"
 else
   echo "compute-sanitizer is not on PATH: left out"
 fi
