@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU: the kernels' tests on the device, under compute-sanitizer where it is there, benchmarks.
-# PYTHON names the interpreter of an environment that has torch, triton, torchvision, setuptools, pytest and xdist; this package
-# is built into it, without network. Exits 2 where there is no GPU.
+# PYTHON names the interpreter of an environment that has torch, triton, torchvision, setuptools, pytest and xdist; this
+# package is built into it, without network. Exits 2 where there is no GPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}

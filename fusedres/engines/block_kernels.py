@@ -20,7 +20,7 @@ _FORMS = {
 #: Kernels read 16 bytes at a time: eight channels.
 _CHANNEL_MULTIPLE = 8
 #: Widest 3x3 convs of a block worth one launch. Beyond it arithmetic bounds the block and not the traffic between its
-#: convs, and a halo adds to the arithmetic (docs/block_kernels.md).
+#: convs, and a halo adds to the arithmetic (docs/gpu.md).
 MAX_WIDTH = {"bottleneck_fprop": 256, "basic_block_fprop": 128}
 #: What the stem's weight is padded to: channels, rows, columns.
 _STEM_WEIGHT = (4, 7, 8)
