@@ -1,4 +1,4 @@
-"""Whether modules are still what they were: a cheap question, asked before every recalled call.
+"""Whether modules are still what they were: a cheap question, asked before every recalled or converted call.
 
 What a plain module computes follows from its class, its attributes and its tensors. All of these lie in its
 ``__dict__`` and the dictionaries in there, so their identities tell every change but one inside a tensor.
@@ -16,17 +16,22 @@ from fusedres.inspection import has_global_hooks
 
 
 class _Contents(NamedTuple):
-    """The values that a dictionary held, in order."""
+    """The keys and values that a dictionary held, in order."""
 
     of: dict[str, Any]
+    keys: tuple[str, ...]
     values: tuple[Any, ...]
 
     @classmethod
     def read(cls, of: dict[str, Any]) -> _Contents:
-        return cls(of, tuple(of.values()))
+        return cls(of, tuple(of), tuple(of.values()))
 
     def hold(self) -> bool:
         return len(self.of) == len(self.values) and all(map(is_, self.of.values(), self.values))
+
+    def restore(self) -> None:
+        self.of.clear()
+        self.of.update(zip(self.keys, self.values, strict=True))
 
 
 class Guard(NamedTuple):
@@ -59,3 +64,50 @@ class Guard(NamedTuple):
 def all_hold(guards: Sequence[Guard], modules: Sequence[nn.Module]) -> bool:
     """Whether ``modules`` are the guarded ones, none changed, and no hook is attached to all modules at once."""
     return len(guards) == len(modules) and not has_global_hooks() and all(map(Guard.holds, guards, modules))
+
+
+class Structure(NamedTuple):
+    """What a module's forward may decide by: class, attributes, submodules, hooks, and which tensors there are.
+
+    The tensors themselves may be others: their values decide nothing that a graph holds.
+    """
+
+    kind: type[nn.Module]
+    state: _Contents
+    parts: tuple[_Contents, ...]  # submodules, hooks, dictionaries of the module's own
+    collections: tuple[tuple[Any, tuple[Any, ...]], ...]
+    tensors: tuple[tuple[dict[str, Any], tuple[type, ...]], ...]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Structure:
+        state = module.__dict__
+        tensors = [state["_parameters"], state["_buffers"]]
+        parts = [part for part in state.values() if isinstance(part, dict) and not any(part is t for t in tensors)]
+        collections = [value for value in state.values() if isinstance(value, (list, set))]
+        return cls(
+            type(module),
+            _Contents.read(state),
+            tuple(map(_Contents.read, parts)),
+            tuple((value, tuple(value)) for value in collections),
+            tuple((part, tuple(map(type, part.values()))) for part in tensors),
+        )
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether ``module`` is that module still, built as it was."""
+        kind, state, parts, collections, tensors = self
+        return (
+            module.__dict__ is state.of
+            and type(module) is kind
+            and state.hold()
+            and all(map(_Contents.hold, parts))
+            and all(len(now) == len(then) and all(map(is_, now, then)) for now, then in collections)
+            and all(tuple(map(type, now.values())) == then for now, then in tensors)
+        )
+
+    def restore(self) -> None:
+        """Undo what was put into or taken from the module's attributes and collections since."""
+        for contents in (self.state, *self.parts):
+            contents.restore()
+        for now, then in self.collections:
+            now.clear()
+            (now.extend if isinstance(now, list) else now.update)(then)
