@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from fusedres import autocast
 from fusedres.functional import ConvBN, ShortcutShapeError, residual_chain
-from fusedres.inspection import batch_norm_reason, conv_reason, plain_reason
+from fusedres.inspection import batch_norm_reason, conv_reason, is_batch_norm, plain_reason
 
 _ADDS = (operator.add, operator.iadd, torch.add)
 _RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)
@@ -158,8 +158,9 @@ class _Search:
         nodes = self._past_identities([node])
         user = self._sole_user(nodes[-1])
         bn = self._modules.get(user)
-        if bn is None:
-            raise _Refused(f"{_named(user)} follows it, not a BN")
+        if bn is None or not (is_batch_norm(bn) or isinstance(bn, nn.modules.batchnorm._BatchNorm)):
+            name = _called(user) if bn is None else type(bn).__name__
+            raise _Refused(f"{name} follows it, not a BN")
         reason = batch_norm_reason(bn) or self._call_reason(user)
         if reason is not None:
             raise _Refused(reason)
@@ -243,14 +244,11 @@ class _Search:
     def _leaves(self, node: fx.Node, inputs: Sequence[Any]) -> bool:
         """Whether ``node`` writes into none of ``inputs``."""
         module = self._modules.get(node)
-        if module is not None:
-            writes = not _is_pure(module)
-        else:
-            writes = _is_in_place(node)
+        writes = _is_in_place(node) if module is None else not _is_pure(module)
         return not writes or self._is_fresh(node.args[0], inputs)
 
     def _is_fresh(self, written: Any, inputs: Sequence[Any]) -> bool:
-        """Whether ``written`` is the output of a conv or BN, written over or not, and none of ``inputs`` a part of it."""
+        """Whether ``written`` is the output of a conv or BN, written over or not, and no input may be a part of it."""
         while isinstance(written, fx.Node) and self._hands_on(written):
             written = written.args[0]
         module = self._modules.get(written)
@@ -356,10 +354,8 @@ def _function(chain: Chain) -> Callable[..., Tensor]:
     return fused_chain
 
 
-def _named(node: fx.Node) -> str:
-    if node.op == "call_module":
-        return f"the module {node.target}"
-    return f"a call of {getattr(node.target, '__name__', node.target)}"
+def _called(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target))
 
 
 def _is_add(node: fx.Node) -> bool:

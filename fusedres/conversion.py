@@ -63,12 +63,12 @@ copyreg.pickle(_FusedType, lambda kind: (fused_class, (kind.original,)))
 @functools.cache
 def fused_class(original: type[nn.Module]) -> type[nn.Module]:
     """The subclass of ``original`` with the same name whose forward runs the chains of its graph."""
-    unfused = original.forward
+    unfused, count = original.forward, inputs(original)
 
     @functools.wraps(unfused)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        is_plain = len(args) == inputs(original) and not kwargs and all(type(arg) is Tensor for arg in args)
-        run = None if tracing.is_recorded() or not is_plain else plan_of(self).run
+        is_plain = len(args) == count and not kwargs and all(type(arg) is Tensor for arg in args)
+        run = plan_of(self).run if is_plain and not tracing.is_recorded() else None
         return unfused(self, *args, **kwargs) if run is None else run(self, *args)
 
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
@@ -138,8 +138,8 @@ def _compile(trace: tracing.Trace) -> Callable[..., Any]:
 def fuse(model: nn.Module, *, inplace: bool = False, strict: bool = False) -> nn.Module:
     """``model`` with its conv-BN(-add)-ReLU chains fused: a copy, or with ``inplace`` the model itself.
 
-    Modules, state_dict, parameters and hooks are as before, and so are the numbers, in training and in eval. What cannot
-    be fused runs as it did; ``fusedres.explain`` says why. TypeError where ``model`` is no module; with ``strict``,
+    Modules, state_dict, parameters and hooks are as before, and so are the numbers, in training and in eval. What
+    cannot be fused runs as it did; ``fusedres.explain`` says why. TypeError where ``model`` is no module; with ``strict``,
     NotFusedError where a convolution stays unfused.
     """
     model = checked_module(model) if inplace else copy.deepcopy(checked_module(model))
@@ -206,7 +206,8 @@ def unfused_convs(model: nn.Module) -> dict[str, str]:
     reasons: dict[nn.Module, str] = {}
     for module in model.modules():  # callers come before what they call, whose reasons are closer
         if isinstance(module, (FusedBasicBlock, FusedBottleneck, FusedConvBNReLU)):
-            pairs = [*module.pairs, *([module.projection] if getattr(module, "projection", None) else [])]
+            projection = None if isinstance(module, FusedConvBNReLU) else module.projection
+            pairs = [*module.pairs, *([projection] if projection else [])]
             reason = module.reason()
             fused.update(pair.conv for pair in pairs if reason is None)
             reasons.update({pair.conv: reason for pair in pairs if reason is not None})

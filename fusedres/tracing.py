@@ -29,12 +29,27 @@ _KNOWN_PACKAGES = frozenset({"torch", "torchvision", "timm", "math", "operator",
 
 #: Functions that a stand-in answers otherwise than a tensor would, or that do more than compute.
 _REFUSED_BUILTINS = frozenset(
-    ["isinstance", "issubclass", "type", "hasattr", "callable", "id", "hash", "print", "open", "input", "setattr", "delattr", "exec", "eval", "vars", "globals", "locals", "repr", "next", "breakpoint", "__import__"]
+    {
+        "isinstance",
+        "issubclass",
+        "type",
+        "hasattr",
+        "callable",
+        "id",
+        "hash",
+        "vars",
+        "globals",
+        "locals",
+        "repr",
+        "next",
+    }
+    | {"print", "open", "input", "setattr", "delattr", "exec", "eval", "breakpoint", "__import__"}
 )
 
 #: Functions of PyTorch whose answer follows from neither the module nor its input.
 _REFUSED_ATTRIBUTES = frozenset(
-    ["is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "get_default_dtype", "initial_seed", "manual_seed"]
+    {"is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "get_default_dtype"}
+    | {"initial_seed", "manual_seed"}
 )
 
 _CONSTANTS = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device)
