@@ -73,9 +73,9 @@ class Chain:
         return F.relu(y) if module is None else module(y)
 
     def __str__(self) -> str:
-        shortcut = "projection" if self.projection else "input" if self.is_identity else "shortcut" if self.adds else ""
-        parts = [" - ".join(["conv-BN"] * len(self.pairs)), f"+ {shortcut}" if shortcut else "", "ReLU" * self.relu]
-        return " ".join(filter(None, parts))
+        count = f"{len(self.pairs)} x " if len(self.pairs) > 1 else ""
+        shortcut = "projection" if self.projection else "input" if self.is_identity else "tensor"
+        return f"{count}conv-BN{f' + {shortcut}' if self.adds else ''}{', ReLU' if self.relu else ''}"
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ class _Search:
         is_relu = _is_relu_call(relu) if module is None else _is_relu_module(module, relu)
         if not is_relu or not self._is_still(nodes[0], relu, [unit.other] if unit.adds else []):
             return unit
-        return replace(unit, nodes=(*nodes, relu), relu=True, activation=module)
+        return replace(unit, nodes=self._past_identities([*nodes, relu]), relu=True, activation=module)
 
     def _is_still(self, first: fx.Node, last: fx.Node, read: Iterable[fx.Node]) -> bool:
         """Whether what a chain reads cannot change while it waits for its last node."""

@@ -13,7 +13,7 @@ import copyreg
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -22,8 +22,10 @@ from torch.utils import _pytree as pytree
 from fusedres import chains, tracing
 from fusedres.blocks import FusedBasicBlock, FusedBottleneck
 from fusedres.chains import Chain
+from fusedres.functional import ConvBN, chain_reason
 from fusedres.inspection import checked_module
 from fusedres.layers import FusedConvBNReLU
+from fusedres.resnet import StagedNet
 
 #: The graphs kept for one module: training and eval, each with and without some attribute changed.
 _PLANS = 4
@@ -51,6 +53,14 @@ class Plan(NamedTuple):
 _plans: WeakKeyDictionary[nn.Module, list[Plan]] = WeakKeyDictionary()
 
 
+T = TypeVar("T")
+
+
+def _cached(function: Callable[[type[nn.Module]], T]) -> Callable[[type[nn.Module]], T]:
+    """``functools.cache``; the type checker takes a module class's ``__hash__`` for its own."""
+    return functools.cache(function)  # type: ignore[arg-type, return-value]
+
+
 class _FusedType(type):
     """The class of the classes made here. They are pickled as the class that they were made from."""
 
@@ -60,7 +70,7 @@ class _FusedType(type):
 copyreg.pickle(_FusedType, lambda kind: (fused_class, (kind.original,)))
 
 
-@functools.cache
+@_cached
 def fused_class(original: type[nn.Module]) -> type[nn.Module]:
     """The subclass of ``original`` with the same name whose forward runs the chains of its graph."""
     unfused, count = original.forward, inputs(original)
@@ -86,7 +96,7 @@ def is_converted(module: nn.Module) -> bool:
     return isinstance(type(module), _FusedType)
 
 
-@functools.cache
+@_cached
 def inputs(kind: type[nn.Module]) -> int:
     """How many arguments without a default the forward of ``kind`` has."""
     parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
@@ -139,17 +149,20 @@ def fuse(model: nn.Module, *, inplace: bool = False, strict: bool = False) -> nn
     """``model`` with its conv-BN(-add)-ReLU chains fused: a copy, or with ``inplace`` the model itself.
 
     Modules, state_dict, parameters and hooks are as before, and so are the numbers, in training and in eval. What
-    cannot be fused runs as it did; ``fusedres.explain`` says why. TypeError where ``model`` is no module; with ``strict``,
-    NotFusedError where a convolution stays unfused.
+    cannot be fused runs as it did; ``fusedres.explain`` says why. TypeError where ``model`` is no module;
+    with ``strict``, NotFusedError where a convolution stays unfused.
     """
     model = checked_module(model) if inplace else copy.deepcopy(checked_module(model))
     seen: set[nn.Module] = set()
     converted = [module for module in model.modules() if _fuses_more(module, seen)]
-    if strict and (unfused := unfused_convs(model)):
-        lines = (f"\n  {name}: {reason}" for name, reason in unfused.items())
-        raise NotFusedError(f"{len(unfused)} convolutions stay unfused:{''.join(lines)}")
+    former = {module: type(module) for module in converted}
     for module in converted:
         module.__class__ = fused_class(original_class(module))
+    if strict and (unfused := unfused_convs(model)):
+        for module, kind in former.items():
+            module.__class__ = kind
+        lines = (f"\n  {name}: {reason}" for name, reason in unfused.items())
+        raise NotFusedError(f"{len(unfused)} convolutions stay unfused:{''.join(lines)}")
     return model
 
 
@@ -201,29 +214,49 @@ def _may_call_convs(module: nn.Module) -> bool:
 
 
 def unfused_convs(model: nn.Module) -> dict[str, str]:
-    """The reason for every conv of ``model`` that ``fuse`` leaves, or left, unfused."""
+    """The reason for every conv of ``model`` that runs unfused, by name."""
     fused: set[nn.Module] = set()
     reasons: dict[nn.Module, str] = {}
     for module in model.modules():  # callers come before what they call, whose reasons are closer
-        if isinstance(module, (FusedBasicBlock, FusedBottleneck, FusedConvBNReLU)):
-            projection = None if isinstance(module, FusedConvBNReLU) else module.projection
-            pairs = [*module.pairs, *([projection] if projection else [])]
-            reason = module.reason()
-            fused.update(pair.conv for pair in pairs if reason is None)
-            reasons.update({pair.conv: reason for pair in pairs if reason is not None})
-            continue
-        if not _may_call_convs(module):
-            continue
-        reason = owner_reason(module)
-        if reason is None:
-            plan = plan_of(module)
-            fused.update(conv for chain in plan.chains for conv in chain.convs)
+        if isinstance(module, (FusedBasicBlock, FusedBottleneck, FusedConvBNReLU, StagedNet)):
+            chain, reason = built_in_chain(module), built_in_reason(module)
+            fused.update(chain.convs if reason is None else ())
+            reasons.update(dict.fromkeys(chain.convs if reason is not None else (), str(reason)))
+        elif _may_call_convs(module):
+            below = [conv for conv in module.modules() if isinstance(conv, nn.Conv2d)]
+            reason = owner_reason(module)
+            plan = plan_of(module) if reason is None else None
+            if plan is None or plan.refusal is not None:
+                reasons.update(dict.fromkeys(below, str(plan.refusal if plan else reason)))
+                continue
             reasons.update(plan.reasons)
-            reason = plan.refusal
-        if reason is not None:
-            reasons.update({conv: reason for conv in module.modules() if isinstance(conv, nn.Conv2d)})
+            convs = [conv for chain in plan.chains for conv in chain.convs]
+            if is_converted(module):
+                fused.update(convs)
+            else:
+                reasons.update(dict.fromkeys(convs, "fusedres.fuse has not converted it"))
     return {
         name: reasons.get(conv, "no forward that could be traced calls it")
         for name, conv in model.named_modules()
         if isinstance(conv, nn.Conv2d) and conv not in fused
     }
+
+
+BuiltIn = FusedBasicBlock | FusedBottleneck | FusedConvBNReLU | StagedNet
+
+
+def built_in_chain(module: BuiltIn) -> Chain:
+    """What a module of ours fuses by itself; of a network, its stem."""
+    if isinstance(module, StagedNet):
+        return Chain((ConvBN(module.conv1, module.bn1),), None, False, False, True, (module.relu,))
+    if isinstance(module, FusedConvBNReLU):
+        return Chain(tuple(module.pairs), None, False, False, isinstance(module.relu, nn.ReLU), (module.relu,))
+    activations = (module.relu,) * module.depth
+    return Chain(tuple(module.pairs), module.projection, True, module.downsample is None, True, activations)
+
+
+def built_in_reason(module: BuiltIn) -> str | None:
+    """Why it runs its modules one by one, or None."""
+    if isinstance(module, StagedNet):
+        return chain_reason([ConvBN(module.conv1, module.bn1)], [module.relu])
+    return module.reason()
