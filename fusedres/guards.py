@@ -74,40 +74,47 @@ class Structure(NamedTuple):
 
     kind: type[nn.Module]
     state: _Contents
-    parts: tuple[_Contents, ...]  # submodules, hooks, dictionaries of the module's own
+    parts: tuple[_Contents, ...]  # submodules, and whatever else the module keeps in dictionaries
+    empty: tuple[Any, ...]  # dictionaries, lists and sets with nothing in them: hooks, above all
     collections: tuple[tuple[Any, tuple[Any, ...]], ...]
     tensors: tuple[tuple[dict[str, Any], tuple[type, ...]], ...]
 
     @classmethod
     def of(cls, module: nn.Module) -> Structure:
         state = module.__dict__
-        tensors = [state["_parameters"], state["_buffers"]]
-        parts = [part for part in state.values() if isinstance(part, dict) and not any(part is t for t in tensors)]
-        collections = [value for value in state.values() if isinstance(value, (list, set))]
+        tensors = tuple(state[name] for name in ("_parameters", "_buffers") if state[name])
+        held = [v for v in state.values() if isinstance(v, (dict, list, set)) and not any(v is t for t in tensors)]
         return cls(
             type(module),
             _Contents.read(state),
-            tuple(map(_Contents.read, parts)),
-            tuple((value, tuple(value)) for value in collections),
+            tuple(_Contents.read(value) for value in held if value and isinstance(value, dict)),
+            tuple(value for value in held if not value),
+            tuple((value, tuple(value)) for value in held if value and not isinstance(value, dict)),
             tuple((part, tuple(map(type, part.values()))) for part in tensors),
         )
 
     def holds(self, module: nn.Module) -> bool:
         """Whether ``module`` is that module still, built as it was."""
-        kind, state, parts, collections, tensors = self
-        return (
-            module.__dict__ is state.of
-            and type(module) is kind
-            and state.hold()
-            and all(map(_Contents.hold, parts))
-            and all(len(now) == len(then) and all(map(is_, now, then)) for now, then in collections)
-            and all(tuple(map(type, now.values())) == then for now, then in tensors)
-        )
+        kind, state, parts, empty, collections, tensors = self
+        if module.__dict__ is not state.of or type(module) is not kind or any(empty) or not state.hold():
+            return False
+        for part in parts:
+            if not part.hold():
+                return False
+        for collection, then in collections:
+            if len(collection) != len(then) or not all(map(is_, collection, then)):
+                return False
+        for tensor_dict, types in tensors:  # noqa: SIM110  # asked at every call: a loop costs a third of a generator
+            if tuple(map(type, tensor_dict.values())) != types:
+                return False
+        return True
 
     def restore(self) -> None:
         """Undo what was put into or taken from the module's attributes and collections since."""
         for contents in (self.state, *self.parts):
             contents.restore()
-        for now, then in self.collections:
-            now.clear()
-            (now.extend if isinstance(now, list) else now.update)(then)
+        for collection in self.empty:
+            collection.clear()
+        for collection, then in self.collections:
+            collection.clear()
+            (collection.extend if isinstance(collection, list) else collection.update)(then)

@@ -87,7 +87,10 @@ class Trace(NamedTuple):
 
     def holds(self) -> bool:
         """Whether the forward would decide now as it did then."""
-        return all(then.holds(module) for module, then in self.structures) and all(c.holds() for c in self.constants)
+        for module, then in self.structures:
+            if not then.holds(module):
+                return False
+        return all(map(Constant.holds, self.constants))
 
 
 def trace(owner: nn.Module, forward: Callable[..., Any], inputs: int) -> Trace:
