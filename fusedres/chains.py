@@ -6,7 +6,7 @@ A chain runs where its last node stood. So nothing between its first and its las
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -65,7 +65,7 @@ class Chain:
         if self.projection is not None:
             y = y + self.projection.bn(self.projection.conv(x))
         elif self.adds:
-            y = y + (x if self.is_identity else given)
+            y = y + (x if self.is_identity else given)  # type: ignore[operator]  # None is for eager to refuse
         return self._activated(y, -1) if self.relu else y
 
     def _activated(self, y: Tensor, i: int) -> Tensor:
@@ -216,7 +216,7 @@ class _Search:
             return unit
         first, second = add.args
         other = second if first is end else first
-        writes_other = second is end and _is_in_place(add)
+        writes_other = second is end and is_in_place(add)
         if other is end or not isinstance(other, fx.Node) or writes_other or not self._is_still(nodes[0], add, [other]):
             return unit
         claimed.add(add)
@@ -244,7 +244,7 @@ class _Search:
     def _leaves(self, node: fx.Node, inputs: Sequence[Any]) -> bool:
         """Whether ``node`` writes into none of ``inputs``."""
         module = self._modules.get(node)
-        writes = _is_in_place(node) if module is None else not _is_pure(module)
+        writes = is_in_place(node) if module is None else not _is_pure(module)
         return not writes or self._is_fresh(node.args[0], inputs)
 
     def _is_fresh(self, written: Any, inputs: Sequence[Any]) -> bool:
@@ -259,7 +259,7 @@ class _Search:
         """Whether the value at ``node`` is its first argument, written over or as it was."""
         module = self._modules.get(node)
         if module is None:
-            return _is_in_place(node)
+            return is_in_place(node)
         return type(module) is nn.Identity or bool(getattr(module, "inplace", False))
 
     def _may_be_part(self, node: fx.Node, whole: fx.Node) -> bool:
@@ -331,27 +331,30 @@ def _is_projection(shortcut: Site, site: Site) -> bool:
     return is_lone and shortcut.x is site.x
 
 
-def rewrite(graph: fx.Graph, sites: Iterable[Site]) -> None:
-    """Put each chain in place of its nodes."""
+class Slot:
+    """What a graph calls in place of a chain. Graphs of torch.fx are never freed, so they hold no modules."""
+
+    __name__ = "fused_chain"
+
+    def __call__(self, x: Tensor, given: Tensor | None = None) -> Tensor:
+        raise NotImplementedError("the graph must be compiled with the chain in this place")
+
+
+def rewrite(graph: fx.Graph, sites: Iterable[Site]) -> dict[Slot, Chain]:
+    """Put a slot in place of each chain's nodes; which chain belongs into which."""
+    slots: dict[Slot, Chain] = {}
     outputs: dict[fx.Node, fx.Node] = {}
     for site in sorted(sites, key=lambda site: site.nodes[-1]):
-        last = site.nodes[-1]
+        last, slot = site.nodes[-1], Slot()
+        slots[slot] = site.chain
         reads = [site.x] if site.given is None else [site.x, site.given]
         with graph.inserting_before(last):
-            call = graph.call_function(_function(site.chain), tuple(outputs.get(node, node) for node in reads))
+            call = graph.call_function(slot, tuple(outputs.get(node, node) for node in reads))
         last.replace_all_uses_with(call)
         outputs[last] = call
         for node in sorted(site.nodes, reverse=True):
             graph.erase_node(node)
-
-
-def _function(chain: Chain) -> Callable[..., Tensor]:
-    """``chain`` as the function that a graph can name."""
-
-    def fused_chain(x: Tensor, given: Tensor | None = None) -> Tensor:
-        return chain(x, given)
-
-    return fused_chain
+    return slots
 
 
 def _called(node: fx.Node) -> str:
@@ -375,7 +378,7 @@ def _is_relu_module(module: nn.Module, node: fx.Node) -> bool:
     return plain_reason(module, nn.ReLU) is None and len(node.args) == 1 and not node.kwargs
 
 
-def _is_in_place(node: fx.Node) -> bool:
+def is_in_place(node: fx.Node) -> bool:
     """Whether the function called at ``node`` may write into its first argument."""
     if node.op == "call_method":
         return str(node.target).endswith("_") or node.target == "__setitem__"

@@ -16,13 +16,15 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fusedres import chains, tracing
 from fusedres.blocks import FusedBasicBlock, FusedBottleneck
-from fusedres.chains import Chain
+from fusedres.chains import Chain, Slot
+from fusedres.formats import is_contiguous_map, is_indifferent, run_in_channels_last
 from fusedres.functional import ConvBN, chain_reason
+from fusedres.guards import Structure
 from fusedres.inspection import checked_module
 from fusedres.layers import FusedConvBNReLU
 from fusedres.resnet import StagedNet
@@ -58,16 +60,17 @@ T = TypeVar("T")
 
 def _cached(function: Callable[[type[nn.Module]], T]) -> Callable[[type[nn.Module]], T]:
     """``functools.cache``; the type checker takes a module class's ``__hash__`` for its own."""
-    return functools.cache(function)  # type: ignore[arg-type, return-value]
+    return functools.cache(function)  # type: ignore[return-value]
+
+
+#: Whether a module cares for memory formats, and what all its parts were when that was found out.
+_indifferent: WeakKeyDictionary[nn.Module, tuple[tuple[Structure, ...], bool]] = WeakKeyDictionary()
 
 
 class _FusedType(type):
     """The class of the classes made here. They are pickled as the class that they were made from."""
 
     original: type[nn.Module]
-
-
-copyreg.pickle(_FusedType, lambda kind: (fused_class, (kind.original,)))
 
 
 @_cached
@@ -78,16 +81,28 @@ def fused_class(original: type[nn.Module]) -> type[nn.Module]:
     @functools.wraps(unfused)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         is_plain = len(args) == count and not kwargs and all(type(arg) is Tensor for arg in args)
-        run = plan_of(self).run if is_plain and not tracing.is_recorded() else None
-        return unfused(self, *args, **kwargs) if run is None else run(self, *args)
+        if not is_plain or tracing.is_recorded():
+            return unfused(self, *args, **kwargs)
+        run = plan_of(self).run or unfused
+        if any(map(is_contiguous_map, args)) and _is_indifferent(self):
+            return run_in_channels_last(run, self, args)
+        return run(self, *args)
 
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
-    return _FusedType(original.__name__, (original,), {**names, "forward": forward, "original": original})
+    kind: Any = _FusedType(original.__name__, (original,), {**names, "forward": forward, "original": original})
+    return kind
+
+
+def _reduce_class(kind: Any) -> tuple[Any, ...]:
+    return fused_class, (kind.original,)
+
+
+copyreg.pickle(_FusedType, _reduce_class)
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class that ``module`` had before it was fused."""
-    kind = type(module)
+    kind: Any = type(module)
     return kind.original if isinstance(kind, _FusedType) else kind
 
 
@@ -108,7 +123,7 @@ def plan_of(module: nn.Module) -> Plan:
     """The plan of ``module`` as it is now."""
     plans = _plans.setdefault(module, [])
     for i, plan in enumerate(plans):
-        if plan.trace.holds():
+        if plan.trace.holds(module):
             if i:
                 plans.insert(0, plans.pop(i))
             return plan
@@ -116,6 +131,20 @@ def plan_of(module: nn.Module) -> Plan:
     plans.insert(0, plan)
     del plans[_PLANS:]
     return plan
+
+
+def _is_indifferent(module: nn.Module) -> bool:
+    """Whether ``module`` as it is now does not care for the memory format of its input."""
+    parts = list(module.modules())
+    structures, answer = _indifferent.get(module, ((), False))
+    if len(structures) != len(parts) or not all(map(Structure.holds, structures, parts)):
+        answer = is_indifferent(module, _graph_of)
+        _indifferent[module] = tuple(map(Structure.of, parts)), answer
+    return answer
+
+
+def _graph_of(module: nn.Module) -> fx.Graph | None:
+    return plan_of(module).trace.graph if owner_reason(module) is None and inputs(type(module)) else None
 
 
 def _make_plan(module: nn.Module) -> Plan:
@@ -126,16 +155,16 @@ def _make_plan(module: nn.Module) -> Plan:
     finding = chains.find(trace.graph, module)
     if not finding.sites:
         return Plan(trace, None, (), finding.reasons)
-    chains.rewrite(trace.graph, finding.sites)
-    return Plan(trace, _compile(trace), tuple(site.chain for site in finding.sites), finding.reasons)
+    slots = chains.rewrite(trace.graph, finding.sites)
+    return Plan(trace, _compile(trace, slots), tuple(site.chain for site in finding.sites), finding.reasons)
 
 
-def _compile(trace: tracing.Trace) -> Callable[..., Any]:
+def _compile(trace: tracing.Trace, slots: dict[Slot, Chain]) -> Callable[..., Any]:
     """The graph as a function of the module and its input."""
     assert trace.graph is not None
     assert trace.result is not None
     code = trace.graph.python_code("self")
-    namespace = dict(code.globals)
+    namespace = {name: slots[value] if isinstance(value, Slot) else value for name, value in code.globals.items()}
     exec(code.src, namespace)
     run, result = namespace["forward"], trace.result
 
@@ -155,6 +184,7 @@ def fuse(model: nn.Module, *, inplace: bool = False, strict: bool = False) -> nn
     model = checked_module(model) if inplace else copy.deepcopy(checked_module(model))
     seen: set[nn.Module] = set()
     converted = [module for module in model.modules() if _fuses_more(module, seen)]
+    converted += [module for module in model.modules() if module not in converted and _leads_to(module, converted)]
     former = {module: type(module) for module in converted}
     for module in converted:
         module.__class__ = fused_class(original_class(module))
@@ -182,6 +212,12 @@ def _fuses_more(module: nn.Module, seen: set[nn.Module]) -> bool:
     fuses_more = not convs <= seen
     seen |= convs
     return fuses_more
+
+
+def _leads_to(module: nn.Module, converted: list[nn.Module]) -> bool:
+    """Whether ``module`` calls any of ``converted``, and may so hand on maps in the format that they work in."""
+    is_caller = _may_call_convs(module) and owner_reason(module) is None
+    return is_caller and plan_of(module).refusal is None and not set(converted).isdisjoint(module.modules())
 
 
 def _plans_of_modes(module: nn.Module) -> Iterator[Plan]:

@@ -77,16 +77,20 @@ class Constant(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """What a forward does (``graph`` and the structure of its result, or the ``refusal``), and what it decided by."""
+    """What a forward does (``graph`` and the structure of its result, or the ``refusal``), and what it decided by:
+    the module's ``own`` structure, and that of others below it. The module itself is not kept alive."""
 
     graph: fx.Graph | None
     result: pytree.TreeSpec | None
     refusal: str | None
+    own: Structure
     structures: tuple[tuple[nn.Module, Structure], ...]
     constants: tuple[Constant, ...]
 
-    def holds(self) -> bool:
-        """Whether the forward would decide now as it did then."""
+    def holds(self, owner: nn.Module) -> bool:
+        """Whether the forward of ``owner`` would decide now as it did then."""
+        if not self.own.holds(owner):
+            return False
         for module, then in self.structures:
             if not then.holds(module):
                 return False
@@ -110,8 +114,9 @@ def trace(owner: nn.Module, forward: Callable[..., Any], inputs: int) -> Trace:
             for _, then in before:
                 then.restore()
         refusal = tracer.refusal or frames.refusal or refusal
-        structures = tuple((module, Structure.of(module)) for module in tracer.relied)
-        return Trace(None if refusal else graph, tracer.result, refusal, structures, tuple(frames.constants))
+        others = tuple((module, Structure.of(module)) for module in tracer.relied if module is not owner)
+        graph = None if refusal else graph
+        return Trace(graph, tracer.result, refusal, Structure.of(owner), others, tuple(frames.constants))
 
 
 def _first_line(error: Exception) -> str:
@@ -136,7 +141,7 @@ class _Tracer(fx.Tracer):
     """Records the calls of submodules without looking into them, apart from those that ``joins``."""
 
     def __init__(self, forward: Callable[..., Any], inputs: int) -> None:
-        super().__init__(autowrap_modules=())
+        super().__init__(autowrap_modules=())  # type: ignore[arg-type]  # annotated as a tuple of just one
         self.proxy_buffer_attributes = True
         self.refusal: str | None = None
         self.result: pytree.TreeSpec | None = None

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import random
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -545,6 +547,16 @@ def test_copies_are_fused_and_apart(copied: Callable[[nn.Module], nn.Module]) ->
         twin.conv.weight.mul_(2)
     assert torch.equal(fused(input_()), expected)
     assert not torch.allclose(twin(input_()), expected)
+
+
+def test_model_is_freed_with_its_last_reference() -> None:
+    fused = fuse(made(nn.Sequential(Net(), BasicBlock(4, 4)))).eval()
+    with torch.no_grad():
+        fused(input_().contiguous())
+    gone = weakref.ref(fused), weakref.ref(fused[0]), weakref.ref(fused[1].conv1)
+    del fused
+    gc.collect()
+    assert [reference() for reference in gone] == [None] * 3
 
 
 def test_shared_module_stays_shared() -> None:
