@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,8 @@ class Chain:
 
     The shortcut is a ``projection``, or the chain's own input where it ``is_identity``, or else a tensor given.
     """
+
+    __name__: ClassVar[str] = "fused_chain"  # in the code of a graph
 
     pairs: tuple[ConvBN, ...]
     projection: ConvBN | None
@@ -331,30 +333,18 @@ def _is_projection(shortcut: Site, site: Site) -> bool:
     return is_lone and shortcut.x is site.x
 
 
-class Slot:
-    """What a graph calls in place of a chain. Graphs of torch.fx are never freed, so they hold no modules."""
-
-    __name__ = "fused_chain"
-
-    def __call__(self, x: Tensor, given: Tensor | None = None) -> Tensor:
-        raise NotImplementedError("the graph must be compiled with the chain in this place")
-
-
-def rewrite(graph: fx.Graph, sites: Iterable[Site]) -> dict[Slot, Chain]:
-    """Put a slot in place of each chain's nodes; which chain belongs into which."""
-    slots: dict[Slot, Chain] = {}
+def rewrite(graph: fx.Graph, sites: Iterable[Site]) -> None:
+    """Put each chain in place of its nodes."""
     outputs: dict[fx.Node, fx.Node] = {}
     for site in sorted(sites, key=lambda site: site.nodes[-1]):
-        last, slot = site.nodes[-1], Slot()
-        slots[slot] = site.chain
+        last = site.nodes[-1]
         reads = [site.x] if site.given is None else [site.x, site.given]
         with graph.inserting_before(last):
-            call = graph.call_function(slot, tuple(outputs.get(node, node) for node in reads))
+            call = graph.call_function(site.chain, tuple(outputs.get(node, node) for node in reads))
         last.replace_all_uses_with(call)
         outputs[last] = call
         for node in sorted(site.nodes, reverse=True):
             graph.erase_node(node)
-    return slots
 
 
 def _called(node: fx.Node) -> str:

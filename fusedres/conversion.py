@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from fusedres import chains, tracing
 from fusedres.blocks import FusedBasicBlock, FusedBottleneck
-from fusedres.chains import Chain, Slot
+from fusedres.chains import Chain
 from fusedres.formats import is_contiguous_map, is_indifferent, run_in_channels_last
 from fusedres.functional import ConvBN, chain_reason
 from fusedres.guards import Structure
@@ -155,16 +155,16 @@ def _make_plan(module: nn.Module) -> Plan:
     finding = chains.find(trace.graph, module)
     if not finding.sites:
         return Plan(trace, None, (), finding.reasons)
-    slots = chains.rewrite(trace.graph, finding.sites)
-    return Plan(trace, _compile(trace, slots), tuple(site.chain for site in finding.sites), finding.reasons)
+    chains.rewrite(trace.graph, finding.sites)
+    return Plan(trace, _compile(trace), tuple(site.chain for site in finding.sites), finding.reasons)
 
 
-def _compile(trace: tracing.Trace, slots: dict[Slot, Chain]) -> Callable[..., Any]:
+def _compile(trace: tracing.Trace) -> Callable[..., Any]:
     """The graph as a function of the module and its input."""
     assert trace.graph is not None
     assert trace.result is not None
     code = trace.graph.python_code("self")
-    namespace = {name: slots[value] if isinstance(value, Slot) else value for name, value in code.globals.items()}
+    namespace = dict(code.globals)
     exec(code.src, namespace)
     run, result = namespace["forward"], trace.result
 

@@ -555,7 +555,8 @@ def test_model_is_freed_with_its_last_reference() -> None:
         fused(input_().contiguous())
     gone = weakref.ref(fused), weakref.ref(fused[0]), weakref.ref(fused[1].conv1)
     del fused
-    gc.collect()
+    gc.collect()  # the modules, and with them the entries of what is known of them
+    gc.collect()  # the cycles of what was known
     assert [reference() for reference in gone] == [None] * 3
 
 
@@ -578,6 +579,50 @@ def test_dtype_and_memory_format_are_eagers(dtype: torch.dtype, memory_format: t
     assert ours.dtype == theirs.dtype
     assert ours.is_contiguous(memory_format=memory_format)
     assert theirs.is_contiguous(memory_format=memory_format)
+
+
+def test_map_is_copied_once_for_all_chains_of_a_network() -> None:
+    eager = shake(nn.Sequential(Net(), nn.MaxPool2d(2), BasicBlock(4, 4), nn.Sequential(BasicBlock(4, 4)))).eval()
+    fused = fuse(eager)
+    x = input_(torch.float32).contiguous()
+    with torch.no_grad():
+        fused(x)
+        seen = []
+        handle = fused[2].register_forward_pre_hook(lambda _, args: seen.append(args[0].is_contiguous()))
+        fused(x)
+        handle.remove()
+        assert seen == [True], "a hook sees what it sees in eager"
+        names = ops_called(lambda: fused(x))
+    assert names["aten::clone"] == 2, "in and out"
+
+
+def reshaping(m: Any, x: Tensor) -> Tensor:
+    y = m.relu(m.bn(m.conv(x)))
+    return m.relu(m.bn2(m.conv2(y.view(y.shape[0], 4, -1, 1))))
+
+
+def activating_its_input(m: Any, x: Tensor) -> Tensor:
+    return m.bn2(m.conv2(m.bn(m.conv(m.relu(x)))))
+
+
+@pytest.mark.parametrize("body", [reshaping, activating_its_input])
+def test_forward_that_cares_for_the_memory_format_gets_eagers(body: Callable[[Any, Tensor], Tensor]) -> None:
+    eager = made(TwoConvs(body)).eval()
+    fused = fuse(eager)
+    ours, theirs = input_().contiguous(), input_().contiguous()
+    with torch.no_grad():
+        torch.testing.assert_close(fused(ours), eager(theirs), rtol=0, atol=1e-10)
+    assert torch.equal(ours, theirs), "written into as by eager"
+
+
+def test_dropout_draws_as_in_eager() -> None:
+    eager = made(nn.Sequential(Net(), nn.Dropout(0.5), Net())).train()
+    fused = fuse(eager)
+    x, results = input_().contiguous(), []
+    for net in (fused, eager):
+        torch.manual_seed(3)
+        results.append(net(x))
+    torch.testing.assert_close(*results, rtol=0, atol=1e-10)
 
 
 def test_autocast_gives_eagers_dtype() -> None:
