@@ -93,8 +93,9 @@ def fused_class(original: type[nn.Module]) -> type[nn.Module]:
     return kind
 
 
-def _reduce_class(kind: Any) -> tuple[Any, ...]:
-    return fused_class, (kind.original,)
+def _reduce_class(kind: Any) -> str | tuple[Any, ...]:
+    """How to pickle a class made here; one that others derived from it goes by its name, as any class does."""
+    return (fused_class, (kind.original,)) if "original" in vars(kind) else kind.__qualname__
 
 
 copyreg.pickle(_FusedType, _reduce_class)
@@ -199,7 +200,9 @@ def fuse(model: nn.Module, *, inplace: bool = False, strict: bool = False) -> nn
 def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """What ``fuse`` was given, with the state that ``model`` has now: a copy, or with ``inplace`` the model itself."""
     model = checked_module(model) if inplace else copy.deepcopy(checked_module(model))
-    for module in model.modules():
+    for module in filter(is_converted, model.modules()):
+        if "original" not in vars(type(module)):
+            raise RuntimeError(f"{type(module).__name__} was derived from a fused class; undo that first")
         module.__class__ = original_class(module)
     return model
 
@@ -238,6 +241,8 @@ def owner_reason(module: nn.Module) -> str | None:
         return "it is fused by itself"
     if type(kind) is not type:
         return f"the class {kind.__name__} has a metaclass"
+    if any("__init_subclass__" in vars(base) for base in kind.__mro__[:-1]):
+        return f"the class {kind.__name__} wants to know of its subclasses"
     if "forward" in module.__dict__:
         return f"the forward of a {kind.__name__} was replaced"
     return None

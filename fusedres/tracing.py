@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedres.guards import Structure
-from fusedres.inspection import has_global_hooks, is_batch_norm, plain_reason
+from fusedres.inspection import has_global_hooks, is_batch_norm, is_traced, plain_reason
 
 #: Packages whose functions do nothing but what a graph shows of them.
 _KNOWN_PACKAGES = frozenset({"torch", "torchvision", "timm", "math", "operator", "typing", "functools", "warnings"})
@@ -286,5 +287,11 @@ def _is_known(value: object) -> bool:
 
 
 def is_recorded() -> bool:
-    """Whether somebody records what is called now, or looks at every call; nothing may be replaced then."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or has_global_hooks()  # type: ignore[attr-defined]
+    """Whether what is called now is recorded, transformed or looked at call by call; nothing may be replaced then."""
+    return (
+        torch.compiler.is_compiling()
+        or is_traced()
+        or has_global_hooks()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    )

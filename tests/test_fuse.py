@@ -10,7 +10,7 @@ import random
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -685,6 +685,54 @@ def test_compiles_into_one_graph(training: bool) -> None:
     fused = fuse(eager)
     compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(input_()), eager(input_()), rtol=0, atol=1e-10)
+
+
+def test_transforms_of_functions_see_the_modules() -> None:
+    eager = made(Net()).eval()
+    fused = fuse(eager)
+    x = torch.stack([input_(), 2 * input_()])
+    torch.testing.assert_close(torch.func.vmap(fused)(x), torch.func.vmap(eager)(x), rtol=0, atol=1e-10)
+    ours, theirs = (torch.func.jvp(net, (input_(),), (input_().cos(),)) for net in (fused, eager))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(input_(), input_())
+        torch.testing.assert_close(*(torch.autograd.forward_ad.unpack_dual(net(dual)) for net in (fused, eager)))
+
+
+def test_parameters_given_from_outside_are_used() -> None:
+    eager = made(Net()).eval()
+    fused = fuse(eager)
+    given = {name: 2 * p.detach() for name, p in eager.named_parameters()}
+    ours, theirs = (torch.func.functional_call(net, given, input_()) for net in (fused, eager))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+    assert not torch.allclose(ours, fused(input_()))
+
+
+def test_class_derived_from_a_fused_one_runs_fused_and_is_not_unfused_unseen() -> None:
+    eager = made(Net()).eval()
+    fused = fuse(eager)
+    fused.__class__ = type("Wrapped", (type(fused),), {})
+    torch.testing.assert_close(fused(input_()), eager(input_()), rtol=0, atol=1e-10)
+    assert "fusedres::conv_fprop" in ops_called(lambda: fused(input_()))
+    with pytest.raises(RuntimeError, match="Wrapped was derived"):
+        unfuse(fused)
+
+
+class Registry(nn.Module):
+    known: ClassVar[list[type]] = []
+
+    def __init_subclass__(cls) -> None:
+        cls.known.append(cls)
+
+
+class Registered(Registry, Net):
+    pass
+
+
+def test_class_that_registers_its_subclasses_is_left_alone() -> None:
+    fused = fuse(made(Registered()))
+    assert Registry.known == [Registered]
+    assert "wants to know of its subclasses" in reason(fused)
 
 
 def test_other_threads_run_undisturbed_while_a_model_is_fused() -> None:
