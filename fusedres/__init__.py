@@ -10,6 +10,7 @@ from fusedres.cifar import (
     cifar_resnet110,
     cifar_resnet1202,
 )
+from fusedres.conversion import NotFusedError, fuse, unfuse
 from fusedres.dispatch import engine
 from fusedres.explain import explain
 from fusedres.folding import freeze
@@ -46,6 +47,7 @@ __all__ = [
     "FusedBasicBlock",
     "FusedBottleneck",
     "FusedConvBNReLU",
+    "NotFusedError",
     "PlainNet",
     "ResNet",
     "cifar_plain20",
@@ -61,6 +63,7 @@ __all__ = [
     "engine",
     "explain",
     "freeze",
+    "fuse",
     "plain18",
     "plain34",
     "resnet18",
@@ -71,6 +74,7 @@ __all__ = [
     "resnext50_32x4d",
     "resnext101_32x8d",
     "resnext101_64x4d",
+    "unfuse",
     "wide_resnet50_2",
     "wide_resnet101_2",
 ]

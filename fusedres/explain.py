@@ -1,16 +1,18 @@
-"""What runs how: for every block and conv-BN-ReLU layer of a model, the engine that serves it, and why not another."""
+"""What runs how: for every fused block and chain of a model, the engine that serves it; for all else, why not."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
-import torch
 from torch import nn
 
 from fusedres import dispatch
 from fusedres.blocks import FusedBasicBlock, FusedBottleneck
+from fusedres.chains import Chain
+from fusedres.conversion import built_in_chain, is_converted, plan_of, unfused_convs
 from fusedres.engines import EvalChain, FoldedConv
-from fusedres.functional import unit_spec
+from fusedres.functional import ConvBN, unit_spec
 from fusedres.inspection import checked_module
 from fusedres.layers import FusedConvBNReLU
 
@@ -19,7 +21,7 @@ _OPS = ("conv_fprop", "conv_dgrad", "conv_wgrad", "scale_shift_add_relu", "drelu
 
 
 class Row(NamedTuple):
-    """One fused module of a model.
+    """One fused module or chain of a model, or one conv that is not fused.
 
     ``engine`` is the engine of its convolutions, or "eager" where its modules run one by one; ``folded`` the one that
     runs it in eval without gradients, BN folded. ``reason`` says why modules run one by one, why preferred engines were
@@ -33,35 +35,78 @@ class Row(NamedTuple):
     reason: str
 
 
-def explain(model: nn.Module) -> list[Row]:
-    """A row for every fused block or layer of ``model``, in order, judged by its parameters' device and dtype.
+class Explanation(list[Row]):
+    """The rows of a model, and how many of its ``convs`` are ``fused``."""
 
+    def __init__(self, rows: list[Row], convs: int, fused: int) -> None:
+        super().__init__(rows)
+        self.convs, self.fused = convs, fused
+
+    @property
+    def share(self) -> float:
+        """Of its convs the share that runs fused; 1.0 where there are none."""
+        return self.fused / self.convs if self.convs else 1.0
+
+    def __str__(self) -> str:
+        rows = [Row("name", "kind", "engine", "in eval", "why not another"), *self]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+        return "\n".join([*lines, f"{self.fused} of {self.convs} convolutions are fused"])
+
+
+def explain(model: nn.Module) -> Explanation:
+    """A row for every fused block, layer or chain of ``model`` and every conv outside them, in order.
+
+    They are judged as the model is now: its mode, its parameters' device and dtype. ``print`` shows a table.
     TypeError where ``model`` is no module.
     """
-    kinds = (FusedBasicBlock, FusedBottleneck, FusedConvBNReLU)
-    return [_row(name, module) for name, module in checked_module(model).named_modules() if isinstance(module, kinds)]
+    unfused = unfused_convs(checked_module(model))
+    names = {module: name for name, module in model.named_modules()}
+    blocks = {m for m in names if isinstance(m, (FusedBasicBlock, FusedBottleneck, FusedConvBNReLU))}
+    in_blocks = {conv for block in blocks for conv in block.modules()}
+    rows = []
+    for name, module in model.named_modules():
+        if module in blocks:
+            rows.append(_block_row(name, module))
+        elif is_converted(module):
+            rows += _chain_rows(name, module, names)
+        elif name in unfused and module not in in_blocks:
+            rows.append(Row(name, "Conv2d", "eager", "eager", unfused[name]))
+    convs = sum(isinstance(module, nn.Conv2d) for module in names)
+    return Explanation(rows, convs, convs - len(unfused))
 
 
-def _row(name: str, module: FusedBasicBlock | FusedBottleneck | FusedConvBNReLU) -> Row:
+def _block_row(name: str, module: FusedBasicBlock | FusedBottleneck | FusedConvBNReLU) -> Row:
     kind = type(module).__name__
     reason = module.reason()
     if reason is not None:
         return Row(name, kind, "eager", "eager", reason)
-    weight = next(module.parameters(), torch.empty(0))
-    choices = [dispatch.choose(op, weight.device.type, weight.dtype) for op in _OPS]
-    folded = dispatch.choose_folded(_outline(module))
-    reasons = [f"{engine}: {why}" for choice in (*choices, folded) for engine, why in choice.passed_over]
     downsample_reason = None if isinstance(module, FusedConvBNReLU) else module.downsample_reason()
-    if downsample_reason is not None:
-        reasons.append(f"downsample: {downsample_reason}")
-    return Row(name, kind, choices[0].engine.name, folded.engine.name, "; ".join(dict.fromkeys(reasons)))
+    also = [] if downsample_reason is None else [f"downsample: {downsample_reason}"]
+    return _row(name, kind, built_in_chain(module), also)
 
 
-def _outline(module: FusedBasicBlock | FusedBottleneck | FusedConvBNReLU) -> EvalChain[FoldedConv]:
-    """The kind of chain that the module folds to, with its weights as they are: engines look at their sizes alone."""
-    convs = tuple(FoldedConv(pair.conv.weight, None, *unit_spec(pair).conv) for pair in module.pairs)
-    if isinstance(module, FusedConvBNReLU):
-        return EvalChain(convs, None, False, isinstance(module.relu, nn.ReLU))
-    pair = module.projection
-    projection = FoldedConv(pair.conv.weight, None, *unit_spec(pair).conv) if pair else None
-    return EvalChain(convs, projection, module.downsample is None, True)
+def _chain_rows(name: str, owner: nn.Module, names: dict[nn.Module, str]) -> Iterator[Row]:
+    """The chains of a converted module, under its name or, where it has several, that of their first convs."""
+    fused = plan_of(owner).chains
+    for chain in fused:
+        row_name = name if len(fused) == 1 else names[chain.pairs[0].conv]
+        yield _row(row_name, f"{type(owner).__name__}: {chain}", chain, [])
+
+
+def _row(name: str, kind: str, chain: Chain, also: list[str]) -> Row:
+    weight = chain.pairs[0].conv.weight
+    choices = [dispatch.choose(op, weight.device.type, weight.dtype) for op in _OPS]
+    folded = dispatch.choose_folded(_outline(chain))
+    reasons = [f"{engine}: {why}" for choice in (*choices, folded) for engine, why in choice.passed_over]
+    return Row(name, kind, choices[0].engine.name, folded.engine.name, "; ".join(dict.fromkeys([*reasons, *also])))
+
+
+def _outline(chain: Chain) -> EvalChain[FoldedConv]:
+    """The kind of chain that it folds to, with its weights as they are: engines look at their sizes alone."""
+
+    def outline(pair: ConvBN) -> FoldedConv:
+        return FoldedConv(pair.conv.weight, None, *unit_spec(pair).conv)
+
+    projection = outline(chain.projection) if chain.projection else None
+    return EvalChain(tuple(map(outline, chain.pairs)), projection, chain.is_identity, chain.relu)

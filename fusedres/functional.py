@@ -30,6 +30,10 @@ class ConvBN(NamedTuple):
     bn: Any  # BatchNorm2d, SyncBatchNorm or FrozenBatchNorm2d, which share no base with these attributes
 
 
+class ShortcutShapeError(ValueError):
+    """The shortcut cannot be added to the residual branch without making it larger."""
+
+
 def unit_spec(pair: ConvBN) -> UnitSpec:
     """What a step needs to know of a conv and its BN, read at every call: users change modes and momenta freely."""
     conv, bn = pair
@@ -182,7 +186,7 @@ def _check(
     other = shortcut.shape if isinstance(shortcut, Tensor) else _check_pair(x, x.shape, shortcut, units[-1])
     broadcasts = len(other) == 4 and all(a in (1, b) for a, b in zip(other, shape, strict=True))
     if other != shape and not (isinstance(shortcut, Tensor) and broadcasts):
-        raise ValueError(f"the shortcut has shape {tuple(other)}, the residual branch {tuple(shape)}")
+        raise ShortcutShapeError(f"the shortcut has shape {tuple(other)}, the residual branch {tuple(shape)}")
     return shape
 
 

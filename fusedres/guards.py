@@ -1,4 +1,4 @@
-"""Whether modules are still what they were: a cheap question, asked before every recalled call.
+"""Whether modules are still what they were: a cheap question, asked before every recalled or converted call.
 
 What a plain module computes follows from its class, its attributes and its tensors. All of these lie in its
 ``__dict__`` and the dictionaries in there, so their identities tell every change but one inside a tensor.
@@ -16,17 +16,22 @@ from fusedres.inspection import has_global_hooks
 
 
 class _Contents(NamedTuple):
-    """The values that a dictionary held, in order."""
+    """The keys and values that a dictionary held, in order."""
 
     of: dict[str, Any]
+    keys: tuple[str, ...]
     values: tuple[Any, ...]
 
     @classmethod
     def read(cls, of: dict[str, Any]) -> _Contents:
-        return cls(of, tuple(of.values()))
+        return cls(of, tuple(of), tuple(of.values()))
 
     def hold(self) -> bool:
         return len(self.of) == len(self.values) and all(map(is_, self.of.values(), self.values))
+
+    def restore(self) -> None:
+        self.of.clear()
+        self.of.update(zip(self.keys, self.values, strict=True))
 
 
 class Guard(NamedTuple):
@@ -59,3 +64,57 @@ class Guard(NamedTuple):
 def all_hold(guards: Sequence[Guard], modules: Sequence[nn.Module]) -> bool:
     """Whether ``modules`` are the guarded ones, none changed, and no hook is attached to all modules at once."""
     return len(guards) == len(modules) and not has_global_hooks() and all(map(Guard.holds, guards, modules))
+
+
+class Structure(NamedTuple):
+    """What a module's forward may decide by: class, attributes, submodules, hooks, and which tensors there are.
+
+    The tensors themselves may be others: their values decide nothing that a graph holds.
+    """
+
+    kind: type[nn.Module]
+    state: _Contents
+    parts: tuple[_Contents, ...]  # submodules, and whatever else the module keeps in dictionaries
+    empty: tuple[Any, ...]  # dictionaries, lists and sets with nothing in them: hooks, above all
+    collections: tuple[tuple[Any, tuple[Any, ...]], ...]
+    tensors: tuple[tuple[dict[str, Any], tuple[type, ...]], ...]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Structure:
+        state = module.__dict__
+        tensors = tuple(state[name] for name in ("_parameters", "_buffers") if state[name])
+        held = [v for v in state.values() if isinstance(v, (dict, list, set)) and not any(v is t for t in tensors)]
+        return cls(
+            type(module),
+            _Contents.read(state),
+            tuple(_Contents.read(value) for value in held if value and isinstance(value, dict)),
+            tuple(value for value in held if not value),
+            tuple((value, tuple(value)) for value in held if value and not isinstance(value, dict)),
+            tuple((part, tuple(map(type, part.values()))) for part in tensors),
+        )
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether ``module`` is that module still, built as it was."""
+        kind, state, parts, empty, collections, tensors = self
+        if module.__dict__ is not state.of or type(module) is not kind or any(empty) or not state.hold():
+            return False
+        for part in parts:
+            if not part.hold():
+                return False
+        for collection, then in collections:
+            if len(collection) != len(then) or not all(map(is_, collection, then)):
+                return False
+        for tensor_dict, types in tensors:  # noqa: SIM110  # asked at every call: a loop costs a third of a generator
+            if tuple(map(type, tensor_dict.values())) != types:
+                return False
+        return True
+
+    def restore(self) -> None:
+        """Undo what was put into or taken from the module's attributes and collections since."""
+        for contents in (self.state, *self.parts):
+            contents.restore()
+        for collection in self.empty:
+            collection.clear()
+        for collection, then in self.collections:
+            collection.clear()
+            (collection.extend if isinstance(collection, list) else collection.update)(then)

@@ -109,6 +109,11 @@ def pool_reason(pool: nn.Module) -> str | None:
     return None
 
 
+def is_batch_norm(module: nn.Module) -> bool:
+    """Whether ``module`` is of one of the BN classes that can be fused, whatever is attached to it."""
+    return type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm) or is_frozen_batch_norm(module)
+
+
 def is_frozen_batch_norm(module: nn.Module) -> bool:
     """Whether ``module`` is torchvision's FrozenBatchNorm2d, told by name so that torchvision need not be there."""
     kind = type(module)

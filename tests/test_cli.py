@@ -118,6 +118,10 @@ def test_plain_text_without_rich(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         (["bench", "--plot", "times.doc"], ".png"),
         (["bench", "--arch", "resnet18", "--image-size", "32", "--batch", "1", "--train"], "more than 1 value"),
         (["explain", "--arch", "vgg16"], "vgg16"),
+        (["explain", "resnet50"], "torchvision:NAME or timm:NAME"),
+        (["explain", "keras:resnet50"], "torchvision:NAME or timm:NAME"),
+        (["explain", "torchvision:resnet51"], "torchvision has no model named 'resnet51'"),
+        (["explain", "timm:resnet51"], "timm has no model named 'resnet51'"),
         (["train", "--arch", "vgg16"], "vgg16"),
         (["train", "--data", "mnist"], "mnist"),
         (["train", "--data", "cifar10:nowhere"], "nowhere"),
@@ -161,6 +165,27 @@ def test_info_as_json_names_versions_engines_and_machine(capsys: pytest.CaptureF
     assert facts["engines"]["reference"] is None
     assert facts["machine"]["threads"] == torch.get_num_threads()
     assert facts["machine"]["cpu"]
+
+
+@pytest.mark.parametrize("library", ["torchvision", "timm"])
+def test_explain_of_a_missing_library_says_so(
+    library: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    assert_one_line(
+        cli.main(["explain", f"{library}:resnet18"]), capsys.readouterr().err, f"{library} is not installed"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [("torchvision:resnet18", "20 of 20"), ("timm:resnet18", "20 of 20"), ("timm:seresnet18", "20 of 36")],
+)
+def test_explain_converts_models_of_other_libraries(name: str, share: str, capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["explain", name, "--engine", "reference"]) == 0
+    out = capsys.readouterr().out
+    assert f"{name} in float32 on cpu: {share} convolutions fused" in out
+    assert "layer4.1" in out
 
 
 def test_explain_has_a_row_for_every_block(capsys: pytest.CaptureFixture) -> None:

@@ -1,0 +1,297 @@
+"""A module's forward as a graph: which modules and functions it calls, on what; and whether that is all that it does.
+
+``torch.fx`` runs the forward once, on stand-ins for tensors. Whatever a graph could not hold is refused with a reason:
+choices by values, by the clock or by chance, contexts, side effects. What the forward did decide by, the attributes of
+modules and constants, is kept beside the graph, so that a change of it is seen.
+"""
+
+from __future__ import annotations
+
+import dis
+import os
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx, nn
+from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fusedres.guards import Structure
+from fusedres.inspection import has_global_hooks, is_batch_norm, is_traced, plain_reason
+
+#: Packages whose functions do nothing but what a graph shows of them.
+_KNOWN_PACKAGES = frozenset({"torch", "torchvision", "timm", "math", "operator", "typing", "functools", "warnings"})
+
+#: Functions that a stand-in answers otherwise than a tensor would, or that do more than compute.
+_REFUSED_BUILTINS = frozenset(
+    {
+        "isinstance",
+        "issubclass",
+        "type",
+        "hasattr",
+        "callable",
+        "id",
+        "hash",
+        "vars",
+        "globals",
+        "locals",
+        "repr",
+        "next",
+    }
+    | {"print", "open", "input", "setattr", "delattr", "exec", "eval", "breakpoint", "__import__"}
+)
+
+#: Functions of PyTorch whose answer follows from neither the module nor its input.
+_REFUSED_ATTRIBUTES = frozenset(
+    {"is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "get_default_dtype"}
+    | {"initial_seed", "manual_seed"}
+)
+
+_CONSTANTS = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device)
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_STDLIB = os.path.dirname(os.__file__) + os.sep
+_HERE = os.path.dirname(__file__) + os.sep
+_CONTEXTS = tuple(_TORCH + os.path.join(*path.split()) for path in ("utils _contextlib.py", "utils checkpoint.py"))
+
+_lock = threading.RLock()  # torch.fx patches nn.Module while it traces
+
+
+class Refusal(Exception):
+    """Why there is no graph."""
+
+
+class Constant(NamedTuple):
+    """A global name that a forward read, and its value then."""
+
+    of: dict[str, Any]
+    name: str
+    value: object
+
+    def holds(self) -> bool:
+        return self.of.get(self.name, self) is self.value
+
+
+class Trace(NamedTuple):
+    """What a forward does (``graph`` and the structure of its result, or the ``refusal``), and what it decided by:
+    the module's ``own`` structure, and that of others below it. The module itself is not kept alive."""
+
+    graph: fx.Graph | None
+    result: pytree.TreeSpec | None
+    refusal: str | None
+    own: Structure
+    structures: tuple[tuple[nn.Module, Structure], ...]
+    constants: tuple[Constant, ...]
+
+    def holds(self, owner: nn.Module) -> bool:
+        """Whether the forward of ``owner`` would decide now as it did then."""
+        if not self.own.holds(owner):
+            return False
+        for module, then in self.structures:
+            if not then.holds(module):
+                return False
+        return all(map(Constant.holds, self.constants))
+
+
+def trace(owner: nn.Module, forward: Callable[..., Any], inputs: int) -> Trace:
+    """``forward(owner, *tensors)`` for that many tensors. Its other parameters have their defaults."""
+    with _lock:
+        before = [(module, Structure.of(module)) for module in owner.modules()]
+        tracer = _Tracer(forward, inputs)
+        frames = _Frames()
+        graph = refusal = None
+        try:
+            with torch.set_grad_enabled(torch.is_grad_enabled()), frames.watched(), _NoTensors(tracer):
+                graph = tracer.trace(owner)
+        except Exception as error:
+            refusal = tracer.refusal or _first_line(error)
+        if any(not then.holds(module) for module, then in before):
+            refusal = "its forward changes the module"
+            for _, then in before:
+                then.restore()
+        refusal = tracer.refusal or frames.refusal or refusal
+        others = tuple((module, Structure.of(module)) for module in tracer.relied if module is not owner)
+        graph = None if refusal else graph
+        return Trace(graph, tracer.result, refusal, Structure.of(owner), others, tuple(frames.constants))
+
+
+def _first_line(error: Exception) -> str:
+    if isinstance(error, Refusal):
+        return str(error)
+    lines = str(error).splitlines() or [type(error).__name__]
+    return f"its forward cannot be traced: {lines[0]}"
+
+
+def joins(module: nn.Module) -> bool:
+    """Whether the calls inside ``module`` are seen as its caller's: a plain Sequential that ends in a conv or a norm.
+
+    What follows there, in the caller, may be fused with that end.
+    """
+    if plain_reason(module, nn.Sequential) is not None or not len(module._modules):
+        return False
+    last = list(module.children())[-1]
+    return type(last) is nn.Conv2d or is_batch_norm(last)
+
+
+class _Tracer(fx.Tracer):
+    """Records the calls of submodules without looking into them, apart from those that ``joins``."""
+
+    def __init__(self, forward: Callable[..., Any], inputs: int) -> None:
+        super().__init__(autowrap_modules=())  # type: ignore[arg-type]  # annotated as a tuple of just one
+        self.proxy_buffer_attributes = True
+        self.refusal: str | None = None
+        self.result: pytree.TreeSpec | None = None
+        self.relied: dict[nn.Module, None] = {}
+        self._forward, self._inputs = forward, inputs
+        self._thread = threading.get_ident()
+
+    def _rely_on(self, module: nn.Module) -> None:
+        self.relied.update(dict.fromkeys((module, *module.children())))
+
+    def refuse(self, reason: str) -> Refusal:
+        """The reason is kept, for a forward may catch what is raised."""
+        self.refusal = self.refusal or reason
+        return Refusal(reason)
+
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        self._rely_on(self.root)
+        names = [f"input_{i}" for i in range(self._inputs)]
+
+        def run(*args: Any) -> Any:
+            leaves, self.result = pytree.tree_flatten(self._forward(self.root, *args))
+            if not all(isinstance(leaf, (fx.Proxy, *_CONSTANTS)) for leaf in leaves):
+                raise self.refuse("its forward returns something other than tensors")
+            return leaves
+
+        return run, [self.create_proxy("placeholder", name, (), {}) for name in names]
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if joins(m):
+            self._rely_on(m)
+            return False
+        return True
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        if isinstance(attr_val, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+            self._rely_on(attr_val)
+        elif isinstance(attr_val, nn.Module):
+            self.relied[attr_val] = None
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, torch.Tensor) and not isinstance(a, nn.Parameter):
+            raise self.refuse("its forward reads a tensor that is neither a parameter nor a buffer")
+        return super().create_arg(a)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        raise self.refuse("its forward chooses by the value of a tensor")
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        raise self.refuse("its forward iterates over its input, or over a tensor")
+
+
+class _NoTensors(TorchDispatchMode):
+    """Refuses to compute: stand-ins are no tensors, so what arrives here would be the same tensor in every call."""
+
+    def __init__(self, tracer: _Tracer) -> None:
+        super().__init__()
+        self._tracer = tracer
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        raise self._tracer.refuse(f"its forward makes a tensor of its own ({func._schema.name})")
+
+
+class _Frames:
+    """Looks at every function of Python that runs, PyTorch's own apart: what does it read, and has it side effects?"""
+
+    def __init__(self) -> None:
+        self.refusal: str | None = None
+        self.constants: list[Constant] = []
+        self._seen: set[types.CodeType] = set()
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        former = sys.getprofile()
+        sys.setprofile(self._on_event)
+        try:
+            yield
+        finally:
+            sys.setprofile(former)
+
+    def _on_event(self, frame: types.FrameType, event: str, arg: object) -> None:
+        if event != "call":
+            return
+        file, code = frame.f_code.co_filename, frame.f_code
+        if file.startswith(_CONTEXTS):
+            self._refuse("its forward enters a context of PyTorch's, or checkpoints")
+        elif code not in self._seen and not _is_trusted(file):
+            self._seen.add(code)
+            self._look_at(code, frame)
+
+    def _refuse(self, reason: str) -> None:
+        self.refusal = self.refusal or reason
+
+    def _look_at(self, code: types.CodeType, frame: types.FrameType) -> None:
+        for instruction in dis.get_instructions(code):
+            name, argument = instruction.opname, instruction.argval
+            if "_WITH" in name or name == "LOAD_SPECIAL":
+                self._refuse(f"{code.co_name} enters a context")
+            elif name in ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL"):
+                self._refuse(f"{code.co_name} sets {argument!r}")
+            elif argument in _REFUSED_ATTRIBUTES:
+                self._refuse(f"{code.co_name} asks for {argument}")
+            elif name in ("LOAD_GLOBAL", "LOAD_NAME"):
+                self._look_up(code.co_name, argument, frame)
+        for name in code.co_freevars:
+            value = frame.f_locals.get(name)
+            if not (isinstance(value, (fx.Proxy, nn.Module, *_CONSTANTS)) or _is_known(value)):
+                self._refuse(f"{code.co_name} reads {name!r} of the function around it")
+
+    def _look_up(self, function: str, name: str, frame: types.FrameType) -> None:
+        if name in frame.f_globals:
+            value = frame.f_globals[name]
+            if isinstance(value, _CONSTANTS):
+                self.constants.append(Constant(frame.f_globals, name, value))
+            elif not _is_known(value):
+                self._refuse(f"{function} reads the global {name!r}")
+        elif name in _REFUSED_BUILTINS:
+            self._refuse(f"{function} calls {name}")
+
+
+def _is_trusted(file: str) -> bool:
+    """Whether a function of that file is PyTorch's, Python's or ours: the names in its caller say enough of it."""
+    is_python = file.startswith((_STDLIB, "<frozen ")) and "site-packages" not in file
+    return is_python or file.startswith((_TORCH, _HERE))
+
+
+def _is_known(value: object) -> bool:
+    """A function of Python (it is looked at where it runs), a class, or a part of a known package."""
+    if isinstance(value, (types.FunctionType, type)) or isinstance(getattr(value, "__self__", None), type):
+        return True
+    module = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
+    return isinstance(module, str) and module.partition(".")[0] in _KNOWN_PACKAGES
+
+
+def is_recorded() -> bool:
+    """Whether what is called now is recorded, transformed or looked at call by call; nothing may be replaced then."""
+    return (
+        torch.compiler.is_compiling()
+        or is_traced()
+        or has_global_hooks()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    )
