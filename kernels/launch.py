@@ -38,9 +38,13 @@ class Launch(NamedTuple):
 
 _recorded: list[Launch] | None = None
 
+#: Settled when kernels are defined; asking Triton at every launch takes as long as the launch.
+_INTERPRETED = bool(knobs.runtime.interpret)
+
 #: Compiled kernels and their trailing constants, by everything that Triton would look at to find them. Its own look
 #: takes most of a small launch's time.
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+_MOST_COMPILED = 1 << 14
 
 
 @contextmanager
@@ -59,16 +63,18 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> Non
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, args, constants))
         return
-    if knobs.runtime.interpret:
+    if _INTERPRETED:
         kernel[grid](*args, **constants)
         return
-    key = (kernel.fn, torch.cuda.current_device(), *map(_specialisation, args), *constants.values())
+    key = (kernel.fn, args[0].get_device(), *map(_specialisation, args), *constants.values())
     again = _compiled.get(key)
     if again is not None:
         compiled, constexprs = again
         compiled[grid + (1,) * (3 - len(grid))](*args, *constexprs)
         return
     compiled = kernel[grid](*args, **constants)
+    if len(_compiled) >= _MOST_COMPILED:  # sizes that never come again
+        _compiled.clear()
     _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(args) :])
 
 
