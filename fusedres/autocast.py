@@ -10,7 +10,12 @@ from torch import Tensor
 
 def is_on(device_type: str) -> bool:
     """Whether autocast is on for this device; it cannot be on the meta device, which has none."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return _is_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+@torch.compiler.assume_constant_result  # dynamo cannot trace the question in torch 2.11
+def _is_available(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -65,6 +65,7 @@ def as_in_forward(name: str | None) -> AbstractContextManager[None]:
     return nullcontext() if name == forced() else engine(name)
 
 
+@torch.compiler.assume_constant_result
 def forced() -> str | None:
     """The engine that ``engine(...)`` or else ``FUSEDRES_ENGINE`` prefers, if any. ValueError for an unknown name."""
     return _forced.get() or _known(os.environ.get("FUSEDRES_ENGINE") or None)

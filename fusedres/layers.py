@@ -58,7 +58,7 @@ class FusedConvBNReLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return residual_chain(
-            x, self.pairs, None, bool(self._activations), self.memory, self._unfused, self._activations
+            x, self.pairs, None, len(self._activations) > 0, self.memory, self._unfused, self._activations
         )
 
     def _unfused(self, x: Tensor) -> Tensor:
