@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from fusedres import autocast
 from fusedres.functional import ConvBN, ShortcutShapeError, residual_chain
 from fusedres.inspection import batch_norm_reason, conv_reason, is_batch_norm, plain_reason
+from fusedres.norm_act import is_norm_act, norm_act_reason, norm_of
 
 _ADDS = (operator.add, operator.iadd, torch.add)
 _RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)
@@ -160,6 +161,8 @@ class _Search:
         nodes = self._past_identities([node])
         user = self._sole_user(nodes[-1])
         bn = self._modules.get(user)
+        if bn is not None and is_norm_act(bn):
+            return self._norm_act_unit(conv, bn, (*nodes, user))
         if bn is None or not (is_batch_norm(bn) or isinstance(bn, nn.modules.batchnorm._BatchNorm)):
             name = _called(user) if bn is None else type(bn).__name__
             raise _Refused(f"{name} follows it, not a BN")
@@ -167,6 +170,15 @@ class _Search:
         if reason is not None:
             raise _Refused(reason)
         return _Unit(ConvBN(conv, bn), (*nodes, user))
+
+    def _norm_act_unit(self, conv: nn.Conv2d, norm: nn.Module, nodes: tuple[fx.Node, ...]) -> _Unit:
+        """The conv and a BN with an activation of its own."""
+        reason = norm_act_reason(norm) or self._call_reason(nodes[-1])
+        if reason is not None:
+            raise _Refused(reason)
+        activation = norm.act if type(norm.act) is nn.ReLU else None
+        pair = ConvBN(conv, norm_of(norm))
+        return _Unit(pair, self._past_identities(nodes), relu=activation is not None, activation=activation)
 
     def _call_reason(self, node: fx.Node) -> str | None:
         module = self._modules[node]
@@ -201,7 +213,7 @@ class _Search:
         done = []
         claimed: set[fx.Node] = set()
         for unit in sorted(units.values(), key=lambda unit: self._rank(unit)):
-            done.append(self._with_relu(self._with_add(unit, claimed)))
+            done.append(unit if unit.relu else self._with_relu(self._with_add(unit, claimed)))
         return sorted(done, key=lambda unit: self._order[unit.nodes[0]])
 
     def _rank(self, unit: _Unit) -> tuple[int, int]:

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedres.guards import Structure
 from fusedres.inspection import has_global_hooks, is_batch_norm, is_traced, plain_reason
+from fusedres.norm_act import is_norm_act
 
 #: Packages whose functions do nothing but what a graph shows of them.
 _KNOWN_PACKAGES = frozenset({"torch", "torchvision", "timm", "math", "operator", "typing", "functools", "warnings"})
@@ -135,7 +136,7 @@ def joins(module: nn.Module) -> bool:
     if plain_reason(module, nn.Sequential) is not None or not len(module._modules):
         return False
     last = list(module.children())[-1]
-    return type(last) is nn.Conv2d or is_batch_norm(last)
+    return type(last) is nn.Conv2d or is_batch_norm(last) or is_norm_act(last)
 
 
 class _Tracer(fx.Tracer):
@@ -181,6 +182,8 @@ class _Tracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if threading.get_ident() != self._thread:
             return forward(*args, **kwargs)
+        if is_norm_act(m):
+            self._rely_on(m)
         return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:

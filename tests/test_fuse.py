@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from oracles import assert_steps_equal, batch, ops_called, shake, step
@@ -176,6 +177,47 @@ def test_models_of_our_own_are_left_as_they_are() -> None:
     fused = fuse(model, strict=True)
     assert [type(m) for m in fused.modules()] == [type(m) for m in model.modules()]
     assert explain(fused).share == 1.0
+
+
+class NormAct(nn.Module):
+    """A conv, and BN and ReLU in one module of timm's."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+        self.bn = timm.layers.BatchNormAct2d(4, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x)) + x
+
+
+def test_norm_with_its_activation_inside_is_fused() -> None:
+    for options, expected in (({}, "conv-BN, ReLU"), ({"apply_act": False}, "conv-BN + input")):
+        eager = made(NormAct(**options))
+        fused = fuse(eager)
+        assert chains(fused) == [expected]
+        assert_equal(fused, eager)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda bn: bn.register_forward_hook(lambda *a: -a[2]), "a hook is attached"),
+        (lambda bn: bn.drop.register_forward_hook(lambda *a: -a[2]), "a hook is attached"),
+        (lambda bn: bn.act.register_forward_hook(lambda *a: -a[2]), "a hook is attached"),
+        (lambda bn: setattr(bn, "act", nn.SiLU()), "SiLU is not exactly ReLU or Identity"),
+        (lambda bn: setattr(bn, "drop", nn.Hardtanh(0, 0.1)), "Hardtanh is not exactly Identity"),
+    ],
+)
+def test_change_inside_such_a_norm_is_seen(change: Callable[[Any], object], said: str) -> None:
+    eager = made(NormAct()).eval()
+    fused = fuse(eager)
+    before = fused(input_())
+    for net in (fused, eager):
+        change(net.bn)
+    torch.testing.assert_close(fused(input_()), eager(input_()), rtol=0, atol=1e-10)
+    assert not torch.allclose(fused(input_()), before)
+    assert said in reason(fused)
 
 
 # --- what is left alone ---
