@@ -76,14 +76,14 @@ class _FusedType(type):
 @_cached
 def fused_class(original: type[nn.Module]) -> type[nn.Module]:
     """The subclass of ``original`` with the same name whose forward runs the chains of its graph."""
-    unfused, count = original.forward, inputs(original)
+    count = inputs(original)
 
-    @functools.wraps(unfused)
+    @functools.wraps(original.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         is_plain = len(args) == count and not kwargs and all(type(arg) is Tensor for arg in args)
-        if not is_plain or tracing.is_recorded():
-            return unfused(self, *args, **kwargs)
-        run = plan_of(self).run or unfused
+        if not is_plain or tracing.is_recorded() or "_is_replica" in self.__dict__:
+            return original.forward(self, *args, **kwargs)
+        run = plan_of(self).run or original.forward
         if any(map(is_contiguous_map, args)) and _is_indifferent(self):
             return run_in_channels_last(run, self, args)
         return run(self, *args)

@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -31,21 +31,9 @@ _KNOWN_PACKAGES = frozenset({"torch", "torchvision", "timm", "math", "operator",
 
 #: Functions that a stand-in answers otherwise than a tensor would, or that do more than compute.
 _REFUSED_BUILTINS = frozenset(
-    {
-        "isinstance",
-        "issubclass",
-        "type",
-        "hasattr",
-        "callable",
-        "id",
-        "hash",
-        "vars",
-        "globals",
-        "locals",
-        "repr",
-        "next",
-    }
-    | {"print", "open", "input", "setattr", "delattr", "exec", "eval", "breakpoint", "__import__"}
+    {"isinstance", "issubclass", "type", "hasattr", "callable", "id", "hash", "repr", "next"}
+    | {"vars", "globals", "locals", "setattr", "delattr", "exec", "eval", "__import__"}
+    | {"print", "open", "input", "breakpoint"}
 )
 
 #: Functions of PyTorch whose answer follows from neither the module nor its input.
@@ -53,6 +41,9 @@ _REFUSED_ATTRIBUTES = frozenset(
     {"is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "get_default_dtype"}
     | {"initial_seed", "manual_seed"}
 )
+
+#: What a C function may be a method of: it then reads or changes nothing that goes unseen.
+_SEEN_OWNERS = (types.ModuleType, type, str, bytes, int, float, tuple, list, dict, set, frozenset, fx.Proxy)
 
 _CONSTANTS = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device)
 _TORCH = os.path.dirname(torch.__file__) + os.sep
@@ -68,9 +59,9 @@ class Refusal(Exception):
 
 
 class Constant(NamedTuple):
-    """A global name that a forward read, and its value then."""
+    """A name of a module of Python or of a class that a forward read, and its value then."""
 
-    of: dict[str, Any]
+    of: Mapping[str, Any]
     name: str
     value: object
 
@@ -115,6 +106,7 @@ def trace(owner: nn.Module, forward: Callable[..., Any], inputs: int) -> Trace:
             refusal = "its forward changes the module"
             for _, then in before:
                 then.restore()
+        frames.look_at_classes(tracer.relied)
         refusal = tracer.refusal or frames.refusal or refusal
         others = tuple((module, Structure.of(module)) for module in tracer.relied if module is not owner)
         graph = None if refusal else graph
@@ -225,6 +217,7 @@ class _Frames:
         self.refusal: str | None = None
         self.constants: list[Constant] = []
         self._seen: set[types.CodeType] = set()
+        self._attributes = {"forward"}
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -236,10 +229,14 @@ class _Frames:
             sys.setprofile(former)
 
     def _on_event(self, frame: types.FrameType, event: str, arg: object) -> None:
-        if event != "call":
-            return
         file, code = frame.f_code.co_filename, frame.f_code
-        if file.startswith(_CONTEXTS):
+        if event == "c_call" and code in self._seen:
+            owner = getattr(arg, "__self__", None)
+            if owner is not None and not isinstance(owner, _SEEN_OWNERS):
+                self._refuse(f"{code.co_name} calls a method of a {type(owner).__name__}")
+        elif event != "call":
+            return
+        elif file.startswith(_CONTEXTS):
             self._refuse("its forward enters a context of PyTorch's, or checkpoints")
         elif code not in self._seen and not _is_trusted(file):
             self._seen.add(code)
@@ -255,8 +252,12 @@ class _Frames:
                 self._refuse(f"{code.co_name} enters a context")
             elif name in ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL"):
                 self._refuse(f"{code.co_name} sets {argument!r}")
+            elif name == "IMPORT_NAME" and not _is_known_package(argument):
+                self._refuse(f"{code.co_name} imports {argument}")
             elif argument in _REFUSED_ATTRIBUTES:
                 self._refuse(f"{code.co_name} asks for {argument}")
+            elif name in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
+                self._attributes.add(argument)
             elif name in ("LOAD_GLOBAL", "LOAD_NAME"):
                 self._look_up(code.co_name, argument, frame)
         for name in code.co_freevars:
@@ -274,6 +275,22 @@ class _Frames:
         elif name in _REFUSED_BUILTINS:
             self._refuse(f"{function} calls {name}")
 
+    def look_at_classes(self, modules: Iterable[nn.Module]) -> None:
+        """What was read of ``modules`` that is not theirs but their classes': methods and constants."""
+        kinds = {base for module in modules for base in type(module).__mro__ if _is_foreign(base)}
+        for kind in kinds:
+            for name in self._attributes & vars(kind).keys():
+                value = vars(kind)[name]
+                if isinstance(value, (types.FunctionType, *_CONSTANTS)):
+                    self.constants.append(Constant(vars(kind), name, value))
+                elif isinstance(value, (list, dict, set)):
+                    self._refuse(f"the class {kind.__name__} keeps {name!r} for all its instances")
+
+
+def _is_foreign(kind: type) -> bool:
+    """Whether ``kind`` is a class of a user's: neither PyTorch's nor made by ``fuse``."""
+    return "original" not in vars(kind) and kind is not object and not kind.__module__.startswith("torch.")
+
 
 def _is_trusted(file: str) -> bool:
     """Whether a function of that file is PyTorch's, Python's or ours: the names in its caller say enough of it."""
@@ -286,7 +303,11 @@ def _is_known(value: object) -> bool:
     if isinstance(value, (types.FunctionType, type)) or isinstance(getattr(value, "__self__", None), type):
         return True
     module = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
-    return isinstance(module, str) and module.partition(".")[0] in _KNOWN_PACKAGES
+    return isinstance(module, str) and _is_known_package(module)
+
+
+def _is_known_package(module: str) -> bool:
+    return module.partition(".")[0] in _KNOWN_PACKAGES
 
 
 def is_recorded() -> bool:

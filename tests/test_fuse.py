@@ -290,6 +290,29 @@ class Logging(Net):
         return super().forward(x)
 
 
+class Drawing(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.draws = random.Random(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.draws.random() < 2 else x
+
+
+class Importing(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        import time
+
+        return super().forward(x) if time.time() > 0 else x
+
+
+class Shared(Net):
+    settings: ClassVar[list[float]] = [1.0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.settings[0]
+
+
 class Checkpointing(Net):
     def forward(self, x: Tensor) -> Tensor:
         return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=False)
@@ -302,6 +325,9 @@ class Checkpointing(Net):
         (Counting, "sets 'calls'"),
         (Logging, "changes the module"),
         (Checkpointing, "checkpoints"),
+        (Drawing, "calls a method of a Random"),
+        (Importing, "imports time"),
+        (Shared, "keeps 'settings' for all its instances"),
     ],
 )
 def test_side_effects_of_a_forward_are_kept(kind: Any, expected: str) -> None:
@@ -417,6 +443,31 @@ def test_attribute_list_mode_and_global_are_followed(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(f"{__name__}.FLAG", False)
     torch.testing.assert_close(fused(input_()), eager(input_()), rtol=0, atol=1e-10)
     assert_follows(lambda net: net.train())
+
+
+class WithConstant(Net):
+    scale = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scaled(super().forward(x))
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+def test_constants_and_methods_of_the_class_are_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    eager = made(WithConstant()).eval()
+    fused = fuse(eager)
+    assert chains(fused) == ["conv-BN, ReLU"]
+    before = fused(input_())
+    monkeypatch.setattr(WithConstant, "scale", 3.0)
+    torch.testing.assert_close(fused(input_()), 3 * before, rtol=0, atol=1e-10)
+    monkeypatch.setattr(WithConstant, "scaled", lambda self, x: -x)
+    torch.testing.assert_close(fused(input_()), -before, rtol=0, atol=1e-10)
+    monkeypatch.setattr(Net, "forward", lambda self, x: x)
+    assert torch.equal(fused(input_()), -input_())
+    monkeypatch.setattr(WithConstant, "forward", lambda self, x: x)
+    assert torch.equal(fused(input_()), input_())
 
 
 def test_swapped_modules_are_used() -> None:
