@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fusedres.chains import Chain, is_in_place
+from fusedres.chain_search import is_in_place
+from fusedres.chains import Chain
 from fusedres.inspection import hook_reason, is_batch_norm
 from fusedres.layout import channels_last
 
