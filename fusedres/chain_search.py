@@ -5,22 +5,17 @@ A chain runs where its last node stood. So nothing between its first and its las
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
 from fusedres.chains import Chain, Site
 from fusedres.functional import ConvBN
 from fusedres.inspection import batch_norm_reason, conv_reason, is_batch_norm, plain_reason
+from fusedres.nodes import called, is_add, is_in_place, is_pure, is_relu_call, is_relu_module
 from fusedres.norm_act import is_norm_act, norm_act_reason, norm_of
-
-_ADDS = (operator.add, operator.iadd, torch.add)
-_RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)
 
 
 @dataclass(frozen=True)
@@ -96,7 +91,7 @@ class _Search:
         if bn is not None and is_norm_act(bn):
             return self._norm_act_unit(conv, bn, (*nodes, user))
         if bn is None or not (is_batch_norm(bn) or isinstance(bn, nn.modules.batchnorm._BatchNorm)):
-            name = _called(user) if bn is None else type(bn).__name__
+            name = called(user) if bn is None else type(bn).__name__
             raise _Refused(f"{name} follows it, not a BN")
         reason = batch_norm_reason(bn) or self._call_reason(user)
         if reason is not None:
@@ -158,7 +153,7 @@ class _Search:
         nodes = self._past_identities(unit.nodes)
         end = nodes[-1]
         add = next(iter(end.users), None)
-        if len(end.users) != 1 or add is None or add in claimed or not _is_add(add):
+        if len(end.users) != 1 or add is None or add in claimed or not is_add(add):
             return unit
         first, second = add.args
         other = second if first is end else first
@@ -174,7 +169,7 @@ class _Search:
         if len(nodes[-1].users) != 1 or relu is None or relu.args[:1] != (nodes[-1],):
             return unit
         module = self._modules.get(relu)
-        is_relu = _is_relu_call(relu) if module is None else _is_relu_module(module, relu)
+        is_relu = is_relu_call(relu) if module is None else is_relu_module(module, relu)
         if not is_relu or not self._is_still(nodes[0], relu, [unit.other] if unit.adds else []):
             return unit
         return replace(unit, nodes=self._past_identities([*nodes, relu]), relu=True, activation=module)
@@ -190,7 +185,7 @@ class _Search:
     def _leaves(self, node: fx.Node, inputs: Sequence[Any]) -> bool:
         """Whether ``node`` writes into none of ``inputs``."""
         module = self._modules.get(node)
-        writes = is_in_place(node) if module is None else not _is_pure(module)
+        writes = is_in_place(node) if module is None else not is_pure(module)
         return not writes or self._is_fresh(node.args[0], inputs)
 
     def _is_fresh(self, written: Any, inputs: Sequence[Any]) -> bool:
@@ -210,11 +205,18 @@ class _Search:
 
     def _may_be_part(self, node: fx.Node, whole: fx.Node) -> bool:
         """Whether ``node`` is ``whole``, or may be a view of it; most modules return a tensor of their own."""
-        if node is whole:
-            return True
-        module = self._modules.get(node)
-        is_new = module is not None and _is_pure(module) and not self._hands_on(node)
-        return not is_new and any(self._may_be_part(source, whole) for source in node.all_input_nodes)
+        seen: set[fx.Node] = set()
+        sources = [node]
+        while sources:
+            source = sources.pop()
+            if source is whole:
+                return True
+            module = self._modules.get(source)
+            is_new = module is not None and is_pure(module) and not self._hands_on(source)
+            if not is_new and source not in seen:
+                seen.add(source)
+                sources += source.all_input_nodes
+        return False
 
     def _runs(self, units: list[_Unit]) -> list[list[_Unit]]:
         """Units joined where one reads, alone, what another hands on activated."""
@@ -275,46 +277,3 @@ def _is_projection(shortcut: Site, site: Site) -> bool:
     chain = shortcut.chain
     is_lone = len(chain.pairs) == 1 and not chain.adds and not chain.relu and len(shortcut.nodes[-1].users) == 1
     return is_lone and shortcut.x is site.x
-
-
-def _called(node: fx.Node) -> str:
-    return str(getattr(node.target, "__name__", node.target))
-
-
-def _is_add(node: fx.Node) -> bool:
-    is_call = node.op == "call_function" and node.target in _ADDS
-    is_method = node.op == "call_method" and node.target in ("add", "add_")
-    return (is_call or is_method) and len(node.args) == 2 and not node.kwargs
-
-
-def _is_relu_call(node: fx.Node) -> bool:
-    is_call = node.op == "call_function" and node.target in _RELUS
-    return (is_call or (node.op == "call_method" and node.target in ("relu", "relu_"))) and set(node.kwargs) <= {
-        "inplace"
-    }
-
-
-def _is_relu_module(module: nn.Module, node: fx.Node) -> bool:
-    return plain_reason(module, nn.ReLU) is None and len(node.args) == 1 and not node.kwargs
-
-
-def is_in_place(node: fx.Node) -> bool:
-    """Whether the function called at ``node`` may write into its first argument."""
-    if node.op == "call_method":
-        return str(node.target).endswith("_") or node.target == "__setitem__"
-    if node.op != "call_function":
-        return False
-    name = getattr(node.target, "__name__", "_")
-    is_operator = getattr(node.target, "__module__", None) == "_operator"
-    in_place = name.endswith("_") or (is_operator and (name.startswith("i") and name not in ("inv", "invert", "is_")))
-    is_known = is_operator or name == "getattr" or node.target in (getattr(torch, name, None), getattr(F, name, None))
-    return in_place or bool(node.kwargs.get("inplace")) or "out" in node.kwargs or not is_known
-
-
-def _is_pure(module: nn.Module) -> bool:
-    """Whether calling ``module`` is known to write into nothing that it is given."""
-    children = list(module.children())
-    if children:
-        return plain_reason(module, nn.Sequential) is None and all(map(_is_pure, children))
-    is_known = type(module).__module__.startswith("torch.nn.") or batch_norm_reason(module) is None
-    return is_known and not getattr(module, "inplace", False) and plain_reason(module, type(module)) is None

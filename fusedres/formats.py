@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fusedres.chain_search import is_in_place
 from fusedres.chains import Chain
 from fusedres.inspection import hook_reason, is_batch_norm
 from fusedres.layout import channels_last
+from fusedres.nodes import is_in_place
 
 GraphOf = Callable[[nn.Module], fx.Graph | None]
 

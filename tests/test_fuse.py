@@ -518,6 +518,12 @@ def activates_the_shortcut_late(m: Any, x: Tensor) -> Tensor:
     return F.relu(y)
 
 
+def activates_it_by_position(m: Any, x: Tensor) -> Tensor:
+    x = x - 0.5
+    y = m.bn(m.conv(x))
+    return F.relu(y + F.relu(x, True))
+
+
 def view_of_a_norm(m: Any, x: Tensor) -> Tensor:
     a = m.bn2(m.conv2(x))
     y = m.bn(m.conv(a.transpose(2, 3).transpose(2, 3)))
@@ -525,7 +531,10 @@ def view_of_a_norm(m: Any, x: Tensor) -> Tensor:
     return F.relu(y)
 
 
-@pytest.mark.parametrize("body", [in_place_between, writes_the_shortcut, activates_the_shortcut_late, view_of_a_norm])
+@pytest.mark.parametrize(
+    "body",
+    [in_place_between, writes_the_shortcut, activates_the_shortcut_late, activates_it_by_position, view_of_a_norm],
+)
 def test_in_place_writes_keep_their_order(body: Callable[[Any, Tensor], Tensor]) -> None:
     eager = made(TwoConvs(body))
     assert_equal_outputs(fuse(eager), eager)
@@ -846,6 +855,16 @@ def test_other_threads_run_undisturbed_while_a_model_is_fused() -> None:
     done.set()
     thread.join()
     assert not wrong
+
+
+def test_frozen_and_on_meta_it_runs_as_eager() -> None:
+    eager = made(nn.Sequential(Net(), BasicBlock(4, 4))).eval()
+    fused = fusedres.freeze(fuse(eager))
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(fused(input_()), eager(input_()), rtol=0, atol=1e-10)
+    y = fuse(eager.to("meta"))(input_().to("meta"))
+    assert (y.shape, y.device.type) == (input_().shape, "meta")
 
 
 def test_wrapped_for_many_processes_it_trains_as_eager(tmp_path: Any) -> None:
