@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -19,8 +19,6 @@ class Chain:
 
     The shortcut is a ``projection``, or the chain's own input where it ``is_identity``, or else a tensor given.
     """
-
-    __name__: ClassVar[str] = "fused_chain"  # in the code of a graph
 
     pairs: tuple[ConvBN, ...]
     projection: ConvBN | None
@@ -81,15 +79,27 @@ class Site:
     given: Any = None
 
 
-def rewrite(graph: fx.Graph, sites: Iterable[Site]) -> None:
-    """Put each chain in place of its nodes."""
+class Slot:
+    """What a graph calls where a chain is to be. Graphs are cycles: modules in one would outlive their model."""
+
+    __name__ = "fused_chain"
+
+    def __call__(self, x: Tensor, given: Tensor | None = None) -> Tensor:
+        raise NotImplementedError("no chain was put into this place")
+
+
+def rewrite(graph: fx.Graph, sites: Iterable[Site]) -> dict[Slot, Chain]:
+    """Put a slot in place of the nodes of each chain; which chain belongs into which."""
+    slots: dict[Slot, Chain] = {}
     outputs: dict[fx.Node, fx.Node] = {}
     for site in sorted(sites, key=lambda site: site.nodes[-1]):
-        last = site.nodes[-1]
+        last, slot = site.nodes[-1], Slot()
+        slots[slot] = site.chain
         reads = [site.x] if site.given is None else [site.x, site.given]
         with graph.inserting_before(last):
-            call = graph.call_function(site.chain, tuple(outputs.get(node, node) for node in reads))
+            call = graph.call_function(slot, tuple(outputs.get(node, node) for node in reads))
         last.replace_all_uses_with(call)
         outputs[last] = call
         for node in sorted(site.nodes, reverse=True):
             graph.erase_node(node)
+    return slots

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fusedres import chain_search, tracing
-from fusedres.chains import Chain, rewrite
+from fusedres.chains import Chain, Slot, rewrite
 from fusedres.formats import is_contiguous_map, is_indifferent, run_in_channels_last
 from fusedres.guards import Structure
 
@@ -145,18 +145,18 @@ def _make_plan(module: nn.Module) -> Plan:
     finding = chain_search.find(trace.graph, module)
     if not finding.sites:
         return Plan(trace, None, (), finding.reasons)
-    rewrite(trace.graph, finding.sites)
-    return Plan(trace, _compile(trace), tuple(site.chain for site in finding.sites), finding.reasons)
+    slots = rewrite(trace.graph, finding.sites)
+    return Plan(trace, _compile(trace, slots), tuple(site.chain for site in finding.sites), finding.reasons)
 
 
-def _compile(trace: tracing.Trace) -> Callable[..., Any]:
+def _compile(trace: tracing.Trace, slots: dict[Slot, Chain]) -> Callable[..., Any]:
     """The graph as a function of the module and its input."""
     assert trace.graph is not None
     assert trace.result is not None
     code = trace.graph.python_code("self")
-    namespace = dict(code.globals)
+    namespace = {name: slots[value] if isinstance(value, Slot) else value for name, value in code.globals.items()}
     exec(code.src, namespace)
-    run, result = namespace["forward"], trace.result
+    run, result = namespace.pop("forward"), trace.result
 
     def run_and_build(*args: Any) -> Any:
         return pytree.tree_unflatten(run(*args), result)

@@ -657,8 +657,7 @@ def test_model_is_freed_with_its_last_reference() -> None:
         fused(input_().contiguous())
     gone = weakref.ref(fused), weakref.ref(fused[0]), weakref.ref(fused[1].conv1)
     del fused
-    gc.collect()  # the modules, and with them the entries of what is known of them
-    gc.collect()  # the cycles of what was known
+    gc.collect()
     assert [reference() for reference in gone] == [None] * 3
 
 
