@@ -788,6 +788,26 @@ def test_compiles_into_one_graph(training: bool) -> None:
     torch.testing.assert_close(compiled(input_()), eager(input_()), rtol=0, atol=1e-10)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(
+    "recorded",
+    [
+        torch.jit.script,
+        lambda net: torch.jit.trace(net, input_()),
+        lambda net: torch.export.export(net, (input_(),)).module(),
+    ],
+    ids=["script", "trace", "export"],
+)
+def test_recorders_see_the_modules(recorded: Callable[[nn.Module], Any]) -> None:
+    eager = made(nn.Sequential(BasicBlock(4, 4), nn.MaxPool2d(2))).eval()
+    fused = fuse(eager)
+    with torch.no_grad():
+        fused(input_())
+        found = recorded(fused)
+        torch.testing.assert_close(found(input_()), eager(input_()), rtol=0, atol=1e-10)
+    assert "fusedres::" not in str(found.graph)
+
+
 def test_transforms_of_functions_see_the_modules() -> None:
     eager = made(Net()).eval()
     fused = fuse(eager)
