@@ -43,6 +43,8 @@ class Plan(NamedTuple):
 #: The plans of each module, the last used first. Copies and pickles of a module do not carry them along.
 _plans: WeakKeyDictionary[nn.Module, list[Plan]] = WeakKeyDictionary()
 
+#: Whether a module cares for memory formats, and what all its parts were when that was found out.
+_indifferent: WeakKeyDictionary[nn.Module, tuple[tuple[Structure, ...], bool]] = WeakKeyDictionary()
 
 T = TypeVar("T")
 
@@ -50,10 +52,6 @@ T = TypeVar("T")
 def _cached(function: Callable[[type[nn.Module]], T]) -> Callable[[type[nn.Module]], T]:
     """``functools.cache``; the type checker takes a module class's ``__hash__`` for its own."""
     return functools.cache(function)  # type: ignore[return-value]
-
-
-#: Whether a module cares for memory formats, and what all its parts were when that was found out.
-_indifferent: WeakKeyDictionary[nn.Module, tuple[tuple[Structure, ...], bool]] = WeakKeyDictionary()
 
 
 class _FusedType(type):
