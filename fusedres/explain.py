@@ -8,11 +8,12 @@ from typing import NamedTuple
 from torch import nn
 
 from fusedres import dispatch
+from fusedres.account import built_in_chain, unfused_convs
 from fusedres.blocks import FusedBasicBlock, FusedBottleneck
 from fusedres.chains import Chain
-from fusedres.conversion import built_in_chain, is_converted, plan_of, unfused_convs
 from fusedres.engines import EvalChain, FoldedConv
 from fusedres.functional import ConvBN, unit_spec
+from fusedres.fused_class import is_converted, plan_of
 from fusedres.inspection import checked_module
 from fusedres.layers import FusedConvBNReLU
 

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fusedres.chains import Chain, is_in_place
+from fusedres.chains import Slot
 from fusedres.inspection import hook_reason, is_batch_norm
 from fusedres.layout import channels_last
+from fusedres.nodes import is_in_place
 
 GraphOf = Callable[[nn.Module], fx.Graph | None]
 
@@ -92,7 +93,7 @@ def _is_indifferent_node(node: fx.Node, module: nn.Module, graph_of: GraphOf) ->
 
 
 def _is_chain(node: fx.Node) -> bool:
-    return isinstance(node.target, Chain)
+    return isinstance(node.target, Slot)
 
 
 def _writes(node: fx.Node, module: nn.Module) -> bool:

@@ -7,13 +7,8 @@ modules and constants, is kept beside the graph, so that a change of it is seen.
 
 from __future__ import annotations
 
-import dis
-import os
-import sys
 import threading
-import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -22,59 +17,16 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fusedres.frames import CONSTANTS, Constant, Frames
 from fusedres.guards import Structure
 from fusedres.inspection import has_global_hooks, is_batch_norm, is_traced, plain_reason
-
-#: Packages whose functions do nothing but what a graph shows of them.
-_KNOWN_PACKAGES = frozenset({"torch", "torchvision", "timm", "math", "operator", "typing", "functools", "warnings"})
-
-#: Functions that a stand-in answers otherwise than a tensor would, or that do more than compute.
-_REFUSED_BUILTINS = frozenset(
-    {
-        "isinstance",
-        "issubclass",
-        "type",
-        "hasattr",
-        "callable",
-        "id",
-        "hash",
-        "vars",
-        "globals",
-        "locals",
-        "repr",
-        "next",
-    }
-    | {"print", "open", "input", "setattr", "delattr", "exec", "eval", "breakpoint", "__import__"}
-)
-
-#: Functions of PyTorch whose answer follows from neither the module nor its input.
-_REFUSED_ATTRIBUTES = frozenset(
-    {"is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "get_default_dtype"}
-    | {"initial_seed", "manual_seed"}
-)
-
-_CONSTANTS = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device)
-_TORCH = os.path.dirname(torch.__file__) + os.sep
-_STDLIB = os.path.dirname(os.__file__) + os.sep
-_HERE = os.path.dirname(__file__) + os.sep
-_CONTEXTS = tuple(_TORCH + os.path.join(*path.split()) for path in ("utils _contextlib.py", "utils checkpoint.py"))
+from fusedres.norm_act import is_norm_act
 
 _lock = threading.RLock()  # torch.fx patches nn.Module while it traces
 
 
 class Refusal(Exception):
     """Why there is no graph."""
-
-
-class Constant(NamedTuple):
-    """A global name that a forward read, and its value then."""
-
-    of: dict[str, Any]
-    name: str
-    value: object
-
-    def holds(self) -> bool:
-        return self.of.get(self.name, self) is self.value
 
 
 class Trace(NamedTuple):
@@ -103,7 +55,7 @@ def trace(owner: nn.Module, forward: Callable[..., Any], inputs: int) -> Trace:
     with _lock:
         before = [(module, Structure.of(module)) for module in owner.modules()]
         tracer = _Tracer(forward, inputs)
-        frames = _Frames()
+        frames = Frames()
         graph = refusal = None
         try:
             with torch.set_grad_enabled(torch.is_grad_enabled()), frames.watched(), _NoTensors(tracer):
@@ -114,6 +66,7 @@ def trace(owner: nn.Module, forward: Callable[..., Any], inputs: int) -> Trace:
             refusal = "its forward changes the module"
             for _, then in before:
                 then.restore()
+        frames.look_at_classes(tracer.relied)
         refusal = tracer.refusal or frames.refusal or refusal
         others = tuple((module, Structure.of(module)) for module in tracer.relied if module is not owner)
         graph = None if refusal else graph
@@ -135,7 +88,7 @@ def joins(module: nn.Module) -> bool:
     if plain_reason(module, nn.Sequential) is not None or not len(module._modules):
         return False
     last = list(module.children())[-1]
-    return type(last) is nn.Conv2d or is_batch_norm(last)
+    return type(last) is nn.Conv2d or is_batch_norm(last) or is_norm_act(last)
 
 
 class _Tracer(fx.Tracer):
@@ -166,7 +119,7 @@ class _Tracer(fx.Tracer):
 
         def run(*args: Any) -> Any:
             leaves, self.result = pytree.tree_flatten(self._forward(self.root, *args))
-            if not all(isinstance(leaf, (fx.Proxy, *_CONSTANTS)) for leaf in leaves):
+            if not all(isinstance(leaf, (fx.Proxy, *CONSTANTS)) for leaf in leaves):
                 raise self.refuse("its forward returns something other than tensors")
             return leaves
 
@@ -181,6 +134,8 @@ class _Tracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if threading.get_ident() != self._thread:
             return forward(*args, **kwargs)
+        if is_norm_act(m):
+            self._rely_on(m)
         return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
@@ -213,77 +168,6 @@ class _NoTensors(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         raise self._tracer.refuse(f"its forward makes a tensor of its own ({func._schema.name})")
-
-
-class _Frames:
-    """Looks at every function of Python that runs, PyTorch's own apart: what does it read, and has it side effects?"""
-
-    def __init__(self) -> None:
-        self.refusal: str | None = None
-        self.constants: list[Constant] = []
-        self._seen: set[types.CodeType] = set()
-
-    @contextmanager
-    def watched(self) -> Iterator[None]:
-        former = sys.getprofile()
-        sys.setprofile(self._on_event)
-        try:
-            yield
-        finally:
-            sys.setprofile(former)
-
-    def _on_event(self, frame: types.FrameType, event: str, arg: object) -> None:
-        if event != "call":
-            return
-        file, code = frame.f_code.co_filename, frame.f_code
-        if file.startswith(_CONTEXTS):
-            self._refuse("its forward enters a context of PyTorch's, or checkpoints")
-        elif code not in self._seen and not _is_trusted(file):
-            self._seen.add(code)
-            self._look_at(code, frame)
-
-    def _refuse(self, reason: str) -> None:
-        self.refusal = self.refusal or reason
-
-    def _look_at(self, code: types.CodeType, frame: types.FrameType) -> None:
-        for instruction in dis.get_instructions(code):
-            name, argument = instruction.opname, instruction.argval
-            if "_WITH" in name or name == "LOAD_SPECIAL":
-                self._refuse(f"{code.co_name} enters a context")
-            elif name in ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL"):
-                self._refuse(f"{code.co_name} sets {argument!r}")
-            elif argument in _REFUSED_ATTRIBUTES:
-                self._refuse(f"{code.co_name} asks for {argument}")
-            elif name in ("LOAD_GLOBAL", "LOAD_NAME"):
-                self._look_up(code.co_name, argument, frame)
-        for name in code.co_freevars:
-            value = frame.f_locals.get(name)
-            if not (isinstance(value, (fx.Proxy, nn.Module, *_CONSTANTS)) or _is_known(value)):
-                self._refuse(f"{code.co_name} reads {name!r} of the function around it")
-
-    def _look_up(self, function: str, name: str, frame: types.FrameType) -> None:
-        if name in frame.f_globals:
-            value = frame.f_globals[name]
-            if isinstance(value, _CONSTANTS):
-                self.constants.append(Constant(frame.f_globals, name, value))
-            elif not _is_known(value):
-                self._refuse(f"{function} reads the global {name!r}")
-        elif name in _REFUSED_BUILTINS:
-            self._refuse(f"{function} calls {name}")
-
-
-def _is_trusted(file: str) -> bool:
-    """Whether a function of that file is PyTorch's, Python's or ours: the names in its caller say enough of it."""
-    is_python = file.startswith((_STDLIB, "<frozen ")) and "site-packages" not in file
-    return is_python or file.startswith((_TORCH, _HERE))
-
-
-def _is_known(value: object) -> bool:
-    """A function of Python (it is looked at where it runs), a class, or a part of a known package."""
-    if isinstance(value, (types.FunctionType, type)) or isinstance(getattr(value, "__self__", None), type):
-        return True
-    module = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
-    return isinstance(module, str) and module.partition(".")[0] in _KNOWN_PACKAGES
 
 
 def is_recorded() -> bool:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from oracles import assert_steps_equal, batch, ops_called, shake, step
@@ -178,6 +179,47 @@ def test_models_of_our_own_are_left_as_they_are() -> None:
     assert explain(fused).share == 1.0
 
 
+class NormAct(nn.Module):
+    """A conv, and BN and ReLU in one module of timm's."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+        self.bn = timm.layers.BatchNormAct2d(4, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x)) + x
+
+
+def test_norm_with_its_activation_inside_is_fused() -> None:
+    for options, expected in (({}, "conv-BN, ReLU"), ({"apply_act": False}, "conv-BN + input")):
+        eager = made(NormAct(**options))
+        fused = fuse(eager)
+        assert chains(fused) == [expected]
+        assert_equal(fused, eager)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda bn: bn.register_forward_hook(lambda *a: -a[2]), "a hook is attached"),
+        (lambda bn: bn.drop.register_forward_hook(lambda *a: -a[2]), "a hook is attached"),
+        (lambda bn: bn.act.register_forward_hook(lambda *a: -a[2]), "a hook is attached"),
+        (lambda bn: setattr(bn, "act", nn.SiLU()), "SiLU is not exactly ReLU or Identity"),
+        (lambda bn: setattr(bn, "drop", nn.Hardtanh(0, 0.1)), "Hardtanh is not exactly Identity"),
+    ],
+)
+def test_change_inside_such_a_norm_is_seen(change: Callable[[Any], object], said: str) -> None:
+    eager = made(NormAct()).eval()
+    fused = fuse(eager)
+    before = fused(input_())
+    for net in (fused, eager):
+        change(net.bn)
+    torch.testing.assert_close(fused(input_()), eager(input_()), rtol=0, atol=1e-10)
+    assert not torch.allclose(fused(input_()), before)
+    assert said in reason(fused)
+
+
 # --- what is left alone ---
 
 
@@ -248,6 +290,29 @@ class Logging(Net):
         return super().forward(x)
 
 
+class Drawing(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.draws = random.Random(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.draws.random() < 2 else x
+
+
+class Importing(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        import time
+
+        return super().forward(x) if time.time() > 0 else x
+
+
+class Shared(Net):
+    settings: ClassVar[list[float]] = [1.0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.settings[0]
+
+
 class Checkpointing(Net):
     def forward(self, x: Tensor) -> Tensor:
         return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=False)
@@ -260,6 +325,9 @@ class Checkpointing(Net):
         (Counting, "sets 'calls'"),
         (Logging, "changes the module"),
         (Checkpointing, "checkpoints"),
+        (Drawing, "calls a method of a Random"),
+        (Importing, "imports time"),
+        (Shared, "keeps 'settings' for all its instances"),
     ],
 )
 def test_side_effects_of_a_forward_are_kept(kind: Any, expected: str) -> None:
@@ -377,6 +445,31 @@ def test_attribute_list_mode_and_global_are_followed(monkeypatch: pytest.MonkeyP
     assert_follows(lambda net: net.train())
 
 
+class WithConstant(Net):
+    scale = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scaled(super().forward(x))
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+def test_constants_and_methods_of_the_class_are_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    eager = made(WithConstant()).eval()
+    fused = fuse(eager)
+    assert chains(fused) == ["conv-BN, ReLU"]
+    before = fused(input_())
+    monkeypatch.setattr(WithConstant, "scale", 3.0)
+    torch.testing.assert_close(fused(input_()), 3 * before, rtol=0, atol=1e-10)
+    monkeypatch.setattr(WithConstant, "scaled", lambda self, x: -x)
+    torch.testing.assert_close(fused(input_()), -before, rtol=0, atol=1e-10)
+    monkeypatch.setattr(Net, "forward", lambda self, x: x)
+    assert torch.equal(fused(input_()), -input_())
+    monkeypatch.setattr(WithConstant, "forward", lambda self, x: x)
+    assert torch.equal(fused(input_()), input_())
+
+
 def test_swapped_modules_are_used() -> None:
     eager = made(nn.Sequential(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)), nn.ReLU())).eval()
     fused = fuse(eager)
@@ -425,6 +518,12 @@ def activates_the_shortcut_late(m: Any, x: Tensor) -> Tensor:
     return F.relu(y)
 
 
+def activates_it_by_position(m: Any, x: Tensor) -> Tensor:
+    x = x - 0.5
+    y = m.bn(m.conv(x))
+    return F.relu(y + F.relu(x, True))
+
+
 def view_of_a_norm(m: Any, x: Tensor) -> Tensor:
     a = m.bn2(m.conv2(x))
     y = m.bn(m.conv(a.transpose(2, 3).transpose(2, 3)))
@@ -432,7 +531,10 @@ def view_of_a_norm(m: Any, x: Tensor) -> Tensor:
     return F.relu(y)
 
 
-@pytest.mark.parametrize("body", [in_place_between, writes_the_shortcut, activates_the_shortcut_late, view_of_a_norm])
+@pytest.mark.parametrize(
+    "body",
+    [in_place_between, writes_the_shortcut, activates_the_shortcut_late, activates_it_by_position, view_of_a_norm],
+)
 def test_in_place_writes_keep_their_order(body: Callable[[Any, Tensor], Tensor]) -> None:
     eager = made(TwoConvs(body))
     assert_equal_outputs(fuse(eager), eager)
@@ -555,8 +657,7 @@ def test_model_is_freed_with_its_last_reference() -> None:
         fused(input_().contiguous())
     gone = weakref.ref(fused), weakref.ref(fused[0]), weakref.ref(fused[1].conv1)
     del fused
-    gc.collect()  # the modules, and with them the entries of what is known of them
-    gc.collect()  # the cycles of what was known
+    gc.collect()
     assert [reference() for reference in gone] == [None] * 3
 
 
@@ -687,6 +788,26 @@ def test_compiles_into_one_graph(training: bool) -> None:
     torch.testing.assert_close(compiled(input_()), eager(input_()), rtol=0, atol=1e-10)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(
+    "recorded",
+    [
+        torch.jit.script,
+        lambda net: torch.jit.trace(net, input_()),
+        lambda net: torch.export.export(net, (input_(),)).module(),
+    ],
+    ids=["script", "trace", "export"],
+)
+def test_recorders_see_the_modules(recorded: Callable[[nn.Module], Any]) -> None:
+    eager = made(nn.Sequential(BasicBlock(4, 4), nn.MaxPool2d(2))).eval()
+    fused = fuse(eager)
+    with torch.no_grad():
+        fused(input_())
+        found = recorded(fused)
+        torch.testing.assert_close(found(input_()), eager(input_()), rtol=0, atol=1e-10)
+    assert "fusedres::" not in str(found.graph)
+
+
 def test_transforms_of_functions_see_the_modules() -> None:
     eager = made(Net()).eval()
     fused = fuse(eager)
@@ -753,6 +874,16 @@ def test_other_threads_run_undisturbed_while_a_model_is_fused() -> None:
     done.set()
     thread.join()
     assert not wrong
+
+
+def test_frozen_and_on_meta_it_runs_as_eager() -> None:
+    eager = made(nn.Sequential(Net(), BasicBlock(4, 4))).eval()
+    fused = fusedres.freeze(fuse(eager))
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(fused(input_()), eager(input_()), rtol=0, atol=1e-10)
+    y = fuse(eager.to("meta"))(input_().to("meta"))
+    assert (y.shape, y.device.type) == (input_().shape, "meta")
 
 
 def test_wrapped_for_many_processes_it_trains_as_eager(tmp_path: Any) -> None:

@@ -48,8 +48,8 @@ TIMM_SHARES = {
     "wide_resnet50_2": 1.0,
     "resnetaa50": 1.0,
     "resnetrs50": 56 / 88,
-    "resnetv2_50": 0.0,  # its BN is followed by ReLU within one module of timm's
-    "skresnet18": 12 / 44,
+    "resnetv2_50": 32 / 54,  # norms come before convs: the third of a block has none behind it
+    "skresnet18": 36 / 44,  # the others choose between branches
     "ecaresnet50t": 1.0,
     "resnet26t": 1.0,
 }
@@ -188,7 +188,7 @@ def test_timm_network_errs_no_more_than_eager_in_eval(name: str) -> None:
     assert_eval_accurate(timm_net, name, TIMM_SHARES[name])
 
 
-@pytest.mark.parametrize("name", [name for name, share in TIMM_SHARES.items() if share and "wide" not in name])
+@pytest.mark.parametrize("name", [name for name in TIMM_SHARES if "wide" not in name])
 def test_training_step_of_a_timm_network_equals_eagers_in_float64(name: str) -> None:
     """Where gates make gradients a billion times smaller than weights, one float32 draw says little of either error."""
     eager = decide_relus(shake(copy.deepcopy(timm_net(name)))).double().train()
