@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fusedres.engines import Engine, EvalChain, FoldedConv
+from fusedres.engines import Engine, EvalChain, FoldedConv, nvidia
 from fusedres.engines.cpu import CPU
 from fusedres.engines.cuda import CUDA
 from fusedres.engines.cudnn import CUDNN
@@ -81,7 +81,7 @@ def choose(op: str, device_type: str, dtype: torch.dtype) -> Choice:
     """The engine for ``op`` on tensors of this device and dtype."""
     if device_type == "meta":
         device_type = _meta_stands_for.get()
-    return _choose(op, device_type, dtype, forced())
+    return _choose(op, device_type, dtype, forced(), nvidia.capability() if device_type == "cuda" else None)
 
 
 @torch.compiler.assume_constant_result
@@ -97,7 +97,10 @@ def closes_units(device_type: str, dtype: torch.dtype) -> bool:
 
 
 @functools.cache
-def _choose(op: str, device_type: str, dtype: torch.dtype, first: str | None) -> Choice:
+def _choose(
+    op: str, device_type: str, dtype: torch.dtype, first: str | None, capability: tuple[int, int] | None
+) -> Choice:
+    """``capability``: of the GPU, which engines look up themselves."""
     passed_over: list[tuple[str, str]] = []
     for candidate in _preferred(first):
         reason = candidate.rejects(op, device_type, dtype)

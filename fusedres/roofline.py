@@ -25,24 +25,25 @@ class Roof(NamedTuple):
     bytes_per_s: float
     flops_per_s: float
     source: str
+    capability: tuple[int, int] | None = None  # of a GPU that need not be here
 
 
-def _gpu(name: str, terabytes: float, teraflops: float, source: str) -> Roof:
-    return Roof(name, terabytes * _TERA, teraflops * _TERA, source)
+def _gpu(name: str, capability: tuple[int, int], terabytes: float, teraflops: float, source: str) -> Roof:
+    return Roof(name, terabytes * _TERA, teraflops * _TERA, source, capability)
 
 
 #: Memory bandwidth and dense float16 or bfloat16 rate of the tensor cores, accumulated in float32, as the maker
 #: publishes them. Where a data sheet states the rate with sparsity, half of it is the dense one.
 GPUS = {
-    "a10": _gpu("NVIDIA A10", 0.600, 125, "NVIDIA A10 Tensor Core GPU data sheet"),
-    "a100": _gpu("NVIDIA A100 SXM 80 GB", 2.039, 312, "NVIDIA A100 Tensor Core GPU data sheet"),
-    "l4": _gpu("NVIDIA L4", 0.300, 121, "NVIDIA L4 Tensor Core GPU data sheet"),
-    "l40s": _gpu("NVIDIA L40S", 0.864, 362, "NVIDIA L40S data sheet"),
-    "h100": _gpu("NVIDIA H100 SXM", 3.35, 989.5, "NVIDIA H100 Tensor Core GPU data sheet"),
-    "h100-pcie": _gpu("NVIDIA H100 PCIe", 2.0, 756.5, "NVIDIA H100 Tensor Core GPU data sheet"),
-    "h200": _gpu("NVIDIA H200 SXM", 4.8, 989.5, "NVIDIA H200 Tensor Core GPU data sheet"),
-    "b200": _gpu("NVIDIA B200", 8.0, 2250, "NVIDIA DGX B200 data sheet, an eighth of the system"),
-    "rtx4090": _gpu("NVIDIA GeForce RTX 4090", 1.008, 165.2, "NVIDIA Ada GPU Architecture white paper"),
+    "a10": _gpu("NVIDIA A10", (8, 6), 0.600, 125, "NVIDIA A10 Tensor Core GPU data sheet"),
+    "a100": _gpu("NVIDIA A100 SXM 80 GB", (8, 0), 2.039, 312, "NVIDIA A100 Tensor Core GPU data sheet"),
+    "l4": _gpu("NVIDIA L4", (8, 9), 0.300, 121, "NVIDIA L4 Tensor Core GPU data sheet"),
+    "l40s": _gpu("NVIDIA L40S", (8, 9), 0.864, 362, "NVIDIA L40S data sheet"),
+    "h100": _gpu("NVIDIA H100 SXM", (9, 0), 3.35, 989.5, "NVIDIA H100 Tensor Core GPU data sheet"),
+    "h100-pcie": _gpu("NVIDIA H100 PCIe", (9, 0), 2.0, 756.5, "NVIDIA H100 Tensor Core GPU data sheet"),
+    "h200": _gpu("NVIDIA H200 SXM", (9, 0), 4.8, 989.5, "NVIDIA H200 Tensor Core GPU data sheet"),
+    "b200": _gpu("NVIDIA B200", (10, 0), 8.0, 2250, "NVIDIA DGX B200 data sheet, an eighth of the system"),
+    "rtx4090": _gpu("NVIDIA GeForce RTX 4090", (8, 9), 1.008, 165.2, "NVIDIA Ada GPU Architecture white paper"),
 }
 #: The dtypes whose rate the table holds.
 GPU_DTYPES = (torch.float16, torch.bfloat16)

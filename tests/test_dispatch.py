@@ -17,7 +17,7 @@ from oracles import batch, needs_native
 
 import fusedres
 from fusedres import FusedBasicBlock, FusedBottleneck, dispatch, native
-from fusedres.engines import Engine, cudnn
+from fusedres.engines import Engine, nvidia
 from fusedres.engines.cpu import CPU
 from fusedres.engines.reference import REFERENCE
 from fusedres.engines.triton import TRITON
@@ -261,22 +261,15 @@ def test_triton_stores_every_conv_output_so_that_it_closes_no_unit() -> None:
 
 @pytest.mark.parametrize(("capability", "engine"), [((9, 0), "cudnn"), ((10, 0), "cudnn"), ((8, 0), "triton")])
 def test_the_vendors_convs_come_first_on_gpus_like_those_they_were_measured_on(
-    capability: tuple[int, int], engine: str, monkeypatch: pytest.MonkeyPatch
+    capability: tuple[int, int], engine: str
 ) -> None:
     if TRITON.missing is not None:
         pytest.skip(f"needs triton: {TRITON.missing}")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    cudnn._is_measured.cache_clear()
-    dispatch._choose.cache_clear()
-    try:
+    with nvidia.planning(capability):
         assert dispatch.choose("conv_fprop", "cuda", torch.float16).engine.name == engine
         assert dispatch.fuses_prologue("conv_fprop", "cuda", torch.float16) == (engine == "triton")
         assert dispatch.closes_units("cuda", torch.bfloat16) == (engine == "cudnn")
         assert dispatch.choose("conv_fprop", "cuda", torch.float32).engine is TRITON
-    finally:
-        cudnn._is_measured.cache_clear()
-        dispatch._choose.cache_clear()
 
 
 def test_forcing_triton_gives_cpu_tensors_no_interpreter_unless_the_environment_asked_for_it() -> None:

@@ -11,6 +11,7 @@ import torch
 
 from fusedres import cli, roofline
 from fusedres.cli.plans import MODES, Planner
+from fusedres.engines.triton import TRITON
 from fusedres.plan import Launch, Operand
 from fusedres.roofline import Roof
 
@@ -75,6 +76,14 @@ def test_command_prints_and_writes_the_same_plan(tmp_path: Path, capsys: pytest.
             assert whole[key] == sum(layer[key] for layer in layers)
         assert whole["seconds"] == pytest.approx(sum(layer["seconds"] for layer in layers))
     assert f"{1e3 * written['modes']['block']['whole']['seconds']:.3f}" in out
+
+
+@pytest.mark.parametrize(("gpu", "engine"), [("h100", "cudnn"), ("a100", "triton")])
+def test_a_plan_is_for_the_gpu_that_is_named(gpu: str, engine: str, capsys: pytest.CaptureFixture) -> None:
+    if TRITON.missing is not None:
+        pytest.skip(f"needs triton: {TRITON.missing}")
+    assert cli.main(["roofline", "--gpu", gpu, "--arch", "cifar_resnet20", "--batch", "4"]) == 0
+    assert f"planned for cuda: the engine {engine}" in capsys.readouterr().out
 
 
 def test_measured_times_are_held_against_their_bounds(

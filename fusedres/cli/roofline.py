@@ -17,6 +17,7 @@ import torch
 from fusedres import roofline
 from fusedres.cli import common, console, environment, networks, report
 from fusedres.cli.plans import CONV, MODE_TEXT, MODES, Planner
+from fusedres.engines import nvidia
 from fusedres.plan import Launch
 from fusedres.roofline import Bound, Roof
 
@@ -55,8 +56,9 @@ def run(args: argparse.Namespace) -> int:
         roof, device_type, dtype = _roof(args, dtype)
         planner = Planner(args.arch, args.memory, dtype, device_type, args.train)
         size = args.image_size or networks.default_image_size(args.arch)
-        plans = {mode: planner.plan(mode, args.batch, size) for mode in MODES}
-    _show_header(planner, roof, args.batch, size)
+        with nvidia.planning(roof.capability):
+            plans = {mode: planner.plan(mode, args.batch, size) for mode in MODES}
+            _show_header(planner, roof, args.batch, size)
     _show_modes(plans, roof, args.batch)
     _show_layers(plans[args.mode], args.mode, roof)
     if args.json:

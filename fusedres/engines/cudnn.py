@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fusedres import reference
 from fusedres.engines import Engine
+from fusedres.engines.nvidia import capability
 from fusedres.engines.triton import TRITON
 from fusedres.layout import acc_dtype, channels_last, from_pixel_matrix, new_activation, pixel_matrix
 
@@ -40,9 +41,9 @@ class CuDNNEngine(Engine):
         return reason
 
     def only_by_name(self, device_type: str) -> str | None:
-        if device_type == "cuda" and _is_measured():
-            return None
-        return TRITON.only_by_name(device_type) or "on this GPU nobody has measured it to be faster than triton"
+        reason = TRITON.only_by_name(device_type)
+        is_measured = (capability() or (0, 0)) >= _MEASURED_FROM
+        return reason if reason or is_measured else "on such a GPU nobody has measured it to be faster than triton"
 
     def __getattr__(self, op: str) -> Callable[..., Any]:
         return getattr(TRITON, op)
@@ -162,11 +163,6 @@ class CuDNNEngine(Engine):
             return from_pixel_matrix(rows, g.shape[0], g.shape[2], g.shape[3]), _nothing(g)
         dx = from_pixel_matrix(torch.mm(a, from_x).addmm_(by_g, from_g), g.shape[0], g.shape[2], g.shape[3])
         return dx, _kernel("tails", "drelu_")(dx, prev_z, prev_bn, constant)
-
-
-@functools.cache
-def _is_measured() -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= _MEASURED_FROM
 
 
 @functools.cache

@@ -1,13 +1,34 @@
-"""What both engines for NVIDIA GPUs ask of a device."""
+"""What the engines for NVIDIA GPUs ask of a device."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 
 MIN_CAPABILITY = (8, 0)  # bfloat16 and TF32 in tensor cores, asynchronous copies
+
+_planned: ContextVar[tuple[int, int] | None] = ContextVar("fusedres_planned_capability", default=None)
+
+
+@contextmanager
+def planning(capability: tuple[int, int] | None) -> Iterator[None]:
+    """Within this context choose as for a GPU of this compute capability, whatever is here."""
+    token = _planned.set(capability)
+    try:
+        yield
+    finally:
+        _planned.reset(token)
+
+
+def capability() -> tuple[int, int] | None:
+    """The compute capability that is planned for, else that of the current GPU; None where there is no GPU."""
+    planned = _planned.get()
+    return planned or (torch.cuda.get_device_capability() if torch.cuda.is_available() else None)
 
 
 @functools.cache
