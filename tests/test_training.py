@@ -397,3 +397,16 @@ def test_two_processes_train_one_model(tmp_path: Path) -> None:
     state = load_checkpoint(tmp_path / "checkpoint.pt")
     assert state["step"] == 6
     assert len(state["history"]["loss"]) == 6
+
+
+def test_a_process_that_torchrun_started_anew_goes_on_from_the_checkpoint(tmp_path: Path) -> None:
+    arguments = command("--epochs", 2, "--out", tmp_path)
+    anew = environment() | {"TORCHELASTIC_RESTART_COUNT": "1"}  # as torchrun's processes have it after a loss
+    outputs = [
+        subprocess.run([*arguments, *options], env=env, check=True, capture_output=True, text=True).stdout
+        for options, env in ((("--max-steps", "25"), anew), ((), anew), ((), environment()))
+    ]
+    assert "epoch   1/2" in outputs[0]  # without a checkpoint it begins
+    assert "epoch   1/2" not in outputs[1]
+    assert "epoch   2/2" in outputs[1]
+    assert "epoch   1/2" in outputs[2]  # a first start begins, whatever lies there

@@ -19,6 +19,7 @@ from torch import nn
 
 from fusedres.cli import common, console, environment, networks
 from fusedres.training import (
+    CHECKPOINT,
     CheckpointError,
     Data,
     DataError,
@@ -94,7 +95,7 @@ def _train(args: argparse.Namespace, device: torch.device) -> int:
             data,
             settings,
             args.out,
-            resume=args.resume,
+            resume=args.resume or (workers.were_restarted() and (args.out / CHECKPOINT).exists()),
             max_steps=args.max_steps,
             loader_workers=args.workers,
             on_step=lambda step: advance(step),

@@ -3,10 +3,11 @@
 from fusedres.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from fusedres.training.data import Data, DataError, open_data
 from fusedres.training.history import History
-from fusedres.training.loop import Settings, TrainingDiverged, evaluate, fit
+from fusedres.training.loop import CHECKPOINT, Settings, TrainingDiverged, evaluate, fit
 from fusedres.training.schedule import learning_rate
 
 __all__ = [
+    "CHECKPOINT",
     "CheckpointError",
     "Data",
     "DataError",

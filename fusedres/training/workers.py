@@ -39,6 +39,11 @@ def is_first() -> bool:
     return rank() == 0
 
 
+def were_restarted() -> bool:
+    """Whether ``torchrun`` started the processes anew because it had lost one."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
 def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     """The model whose gradients are averaged over all processes; the model itself where there is one process."""
     if count() == 1:
