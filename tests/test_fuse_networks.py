@@ -73,7 +73,7 @@ class Maps(nn.Module):
         return y if y.dim() == 4 else y[:, :, None, None]
 
 
-@functools.cache
+@functools.lru_cache(1)  # all of them together are gigabytes
 def torchvision_net(name: str) -> nn.Module:
     torch.manual_seed(0)
     options: dict[str, Any] = {"weights": None, "num_classes": 4}
@@ -90,7 +90,7 @@ def torchvision_net(name: str) -> nn.Module:
     return net
 
 
-@functools.cache
+@functools.lru_cache(1)  # all of them together are gigabytes
 def timm_net(name: str) -> nn.Module:
     torch.manual_seed(0)
     return timm.create_model(name, num_classes=4)
@@ -136,7 +136,7 @@ class Features(nn.Module):
         return torch.cat([feature.flatten() for feature in self.backbone(x).values()])[:, None, None, None]
 
 
-@functools.cache
+@functools.lru_cache(1)  # all of them together are gigabytes
 def detector() -> nn.Module:
     torch.manual_seed(0)
     options = {"weights": None, "weights_backbone": None, "num_classes": 3, "min_size": 64, "max_size": 96}
