@@ -21,6 +21,7 @@ Weights = Enum | str | os.PathLike | bool | None
 SUFFIXES = (".pth", ".pt", ".safetensors")
 WRAPPERS = ("state_dict", "model")
 PREFIXES = ("module.", "_orig_mod.", "module.")  # DDP and torch.compile, whichever is the outer one
+NAMED = 4  # tensors of a kind that a message names
 LEGACY_MEMBER = "IMAGENET1K_V1"  # what torchvision's pretrained=True stands for
 
 
@@ -84,6 +85,27 @@ def unwrap(checkpoint: Any, path: Path) -> Mapping[str, Tensor]:
     return checkpoint
 
 
+def misfit(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str | None:
+    """Why the tensors ``given`` are not those ``expected``, in one line; None where they are.
+
+    BN's counter of batches may be missing, for files of older versions of PyTorch lack it.
+    """
+    missing = [name for name in expected if name not in given and not name.endswith(".num_batches_tracked")]
+    unexpected = [name for name in given if name not in expected]
+    reshaped = [
+        f"{name} {tuple(given[name].shape)} for {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in given and given[name].shape != tensor.shape
+    ]
+    faults = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
+    return "; ".join(f"{fault} {_few(names)}" for fault, names in faults.items() if names) or None
+
+
+def _few(names: list[str]) -> str:
+    more = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
 def _legacy_name(pretrained: bool, enum_name: str) -> str | None:
     name = f"{enum_name}.{LEGACY_MEMBER}" if pretrained else None
     warnings.warn(f"pretrained={pretrained} is deprecated; weights={name!r} does the same", stacklevel=4)
@@ -115,5 +137,5 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         from safetensors.torch import load_file
     except ImportError as error:
-        raise ImportError(f"reading {path} needs the safetensors package") from error
+        raise ImportError(f"reading {path} needs safetensors: pip install 'fusedres[deploy]'") from error
     return load_file(path)

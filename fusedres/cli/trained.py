@@ -1,0 +1,166 @@
+"""Trained networks: from a checkpoint, published weights or an artefact to a model, its input and its labels."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fusedres
+from fusedres import artefact, weights
+from fusedres.cli import common, networks
+from fusedres.cli.common import UserError
+from fusedres.cli.preprocessing import Preprocessing
+from fusedres.resnet import VARIANTS, StagedNet
+
+DEFAULT_ARCH = "resnet50"
+IMAGENET_CLASSES = 1000
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network in eval with trained weights, and what its input and its output mean."""
+
+    arch: str
+    model: StagedNet
+    preprocessing: Preprocessing
+    labels: list[str]
+    source: str
+    folded: bool
+
+    def on(self, device: torch.device) -> nn.Module:
+        """The model on ``device``, its weights final."""
+        return fusedres.freeze(networks.place(self.model, device))
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Which trained network, and where and how it runs."""
+    parser.add_argument("--arch", help=f"network (default: what the weights say, else {DEFAULT_ARCH})")
+    parser.add_argument(
+        "--weights",
+        help="a checkpoint (.pth, .pt, .safetensors), what `fusedres convert` wrote, or torchvision's published"
+        " weights, such as IMAGENET1K_V2",
+    )
+    parser.add_argument("--image-size", type=common.positive, help="side of the input (default: what the weights say)")
+    parser.add_argument("--batch", type=common.positive, default=32, help="pictures at once (default: %(default)s)")
+    common.add_run_options(parser)
+
+
+def load(name: str | None, arch: str | None, image_size: int | None = None) -> Trained:
+    """The network ``arch`` with the weights ``name``; UserError where something is missing or does not fit."""
+    if name is None:
+        raise UserError("a network without trained weights only guesses: name them with --weights")
+    _need_torchvision()
+    card = _card(Path(name))
+    if card is not None and arch not in (None, card.arch):
+        raise UserError(f"{name} holds the network {card.arch}, not {arch}")
+    arch = arch or (card.arch if card else DEFAULT_ARCH)
+    networks.check(arch)
+    member = _published(arch, name)
+    tensors = _read(name, arch)
+    model = _model(arch, tensors, card is not None, name)
+    return Trained(
+        arch,
+        model,
+        _preprocessing(arch, card, member, name).sized(image_size),
+        _labels(networks.classes_of(model)),
+        name,
+        card is not None,
+    )
+
+
+def _need_torchvision() -> None:
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        raise UserError("pictures and their labels need torchvision: pip install 'fusedres[deploy]'") from None
+
+
+def _card(path: Path) -> artefact.Card | None:
+    if path.suffix.lower() != ".safetensors":
+        return None
+    return _told(str(path), lambda: artefact.read_card(path))
+
+
+def _read(name: str, arch: str) -> Mapping[str, Tensor]:
+    def read() -> Mapping[str, Tensor]:
+        checkpoint = weights.resolve(name, _enum_name(arch))
+        assert checkpoint is not None  # for there is a name
+        return checkpoint.read(True)
+
+    tensors = _told(name, read)
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        raise UserError(f"{name} holds numbers that are not finite")
+    return tensors
+
+
+def _told(name: str, read: Any) -> Any:
+    """What ``read()`` returns; UserError in one line for whatever goes wrong with the weights ``name``."""
+    try:
+        return read()
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise UserError(f"cannot read {name}: {error.strerror or 'No such file or directory'}") from None
+    except ImportError:
+        raise UserError(f"{name} needs safetensors: pip install 'fusedres[deploy]'") from None
+    except Exception as error:  # a damaged file fails in zip, pickle or tensor code alike
+        text = str(error)
+        code = re.search(r"GLOBAL (\S+)", text)
+        if code:
+            raise UserError(
+                f"{name} asks for code to be run ({code[1]}), not only for tensors; nothing was run"
+            ) from None
+        if isinstance(error, ValueError) and "\n" not in text:  # one of this package's own
+            raise UserError(text) from None
+        first = text.strip().splitlines()[0] if text.strip() else "it is empty"
+        raise UserError(f"{name} is no readable checkpoint ({type(error).__name__}: {first[:100]})") from None
+
+
+def _model(arch: str, tensors: Mapping[str, Tensor], is_folded: bool, name: str) -> StagedNet:
+    classes = tensors.get("fc.bias")
+    model: Any = networks.build(arch, num_classes=len(classes) if classes is not None and classes.ndim == 1 else None)
+    model = artefact.hollow(model) if is_folded else model.eval().requires_grad_(False)
+    expected = artefact.state(model) if is_folded else model.state_dict()
+    misfit = weights.misfit(expected, tensors)
+    if misfit is not None:
+        raise UserError(f"{name} does not fit {arch}: {misfit}")
+    model.load_state_dict(tensors, strict=False)
+    return model
+
+
+def _enum_name(arch: str) -> str | None:
+    return f"{VARIANTS[arch].enum}_Weights" if arch in VARIANTS else None
+
+
+def _published(arch: str, name: str) -> Any:
+    """The member of torchvision's enum of that name, or whose file is called so; None where there is none."""
+    from torchvision import models
+
+    enum_name = _enum_name(arch)
+    if enum_name is None:
+        return None
+    enum = getattr(models, enum_name)
+    member = enum.__members__.get(name.removeprefix(f"{enum_name}."))
+    return member or next((member for member in enum if member.url.endswith(f"/{Path(name).name}")), None)
+
+
+def _preprocessing(arch: str, card: artefact.Card | None, member: Any, name: str) -> Preprocessing:
+    if card is not None:
+        return _told(name, lambda: Preprocessing.parse(card.preprocessing))
+    if member is not None:
+        return Preprocessing.of(member)
+    return Preprocessing.standard(networks.default_image_size(arch))
+
+
+def _labels(classes: int) -> list[str]:
+    """ImageNet's names where there are as many classes, else their numbers."""
+    if classes != IMAGENET_CLASSES:
+        return [str(number) for number in range(classes)]
+    from torchvision.models import ResNet50_Weights
+
+    return list(ResNet50_Weights.DEFAULT.meta["categories"])
