@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -71,7 +72,15 @@ def read_file(path: Path) -> Mapping[str, Tensor]:
     try:
         return unwrap(torch.load(path, map_location="cpu", weights_only=True), path)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} is no checkpoint that torch.load(weights_only=True) accepts: {error}") from error
+        raise ValueError(
+            f"{path} is no checkpoint that torch.load(weights_only=True) accepts: {_refusal(error)}"
+        ) from error
+
+
+def _refusal(error: pickle.UnpicklingError) -> str:
+    """In a line, what PyTorch says in many."""
+    code = re.search(r"GLOBAL (\S+)", str(error))
+    return f"it asks for code to be run ({code[1]}), which was not" if code else "it is not one of torch.save"
 
 
 def unwrap(checkpoint: Any, path: Path) -> Mapping[str, Tensor]:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 import fusedres
-from fusedres import artefact, weights
+from fusedres import artefact
 from fusedres.cli import common, networks
 from fusedres.cli.common import UserError
 from fusedres.cli.preprocessing import Preprocessing
 from fusedres.resnet import VARIANTS, StagedNet
+from fusedres.weights import misfit, resolve
+
+T = TypeVar("T")
 
 DEFAULT_ARCH = "resnet50"
 IMAGENET_CLASSES = 1000
@@ -90,7 +93,7 @@ def _card(path: Path) -> artefact.Card | None:
 
 def _read(name: str, arch: str) -> Mapping[str, Tensor]:
     def read() -> Mapping[str, Tensor]:
-        checkpoint = weights.resolve(name, _enum_name(arch))
+        checkpoint = resolve(name, _enum_name(arch))
         assert checkpoint is not None  # for there is a name
         return checkpoint.read(True)
 
@@ -100,25 +103,22 @@ def _read(name: str, arch: str) -> Mapping[str, Tensor]:
     return tensors
 
 
-def _told(name: str, read: Any) -> Any:
+def _told(name: str, read: Callable[[], T]) -> T:
     """What ``read()`` returns; UserError in one line for whatever goes wrong with the weights ``name``."""
     try:
-        return read()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of foreign pickles, which are refused in any case
+            return read()
     except (FileNotFoundError, IsADirectoryError) as error:
         raise UserError(f"cannot read {name}: {error.strerror or 'No such file or directory'}") from None
     except ImportError:
         raise UserError(f"{name} needs safetensors: pip install 'fusedres[deploy]'") from None
     except Exception as error:  # a damaged file fails in zip, pickle or tensor code alike
-        text = str(error)
-        code = re.search(r"GLOBAL (\S+)", text)
-        if code:
-            raise UserError(
-                f"{name} asks for code to be run ({code[1]}), not only for tensors; nothing was run"
-            ) from None
-        if isinstance(error, ValueError) and "\n" not in text:  # one of this package's own
-            raise UserError(text) from None
-        first = text.strip().splitlines()[0] if text.strip() else "it is empty"
-        raise UserError(f"{name} is no readable checkpoint ({type(error).__name__}: {first[:100]})") from None
+        lines = str(error).splitlines()
+        if isinstance(error, ValueError) and len(lines) == 1:  # this package's own
+            raise UserError(lines[0]) from None
+        reason = f"{type(error).__name__}: {lines[0][:100]}" if lines else type(error).__name__
+        raise UserError(f"{name} is no readable checkpoint ({reason})") from None
 
 
 def _model(arch: str, tensors: Mapping[str, Tensor], is_folded: bool, name: str) -> StagedNet:
@@ -126,9 +126,9 @@ def _model(arch: str, tensors: Mapping[str, Tensor], is_folded: bool, name: str)
     model: Any = networks.build(arch, num_classes=len(classes) if classes is not None and classes.ndim == 1 else None)
     model = artefact.hollow(model) if is_folded else model.eval().requires_grad_(False)
     expected = artefact.state(model) if is_folded else model.state_dict()
-    misfit = weights.misfit(expected, tensors)
-    if misfit is not None:
-        raise UserError(f"{name} does not fit {arch}: {misfit}")
+    fault = misfit(expected, tensors)
+    if fault is not None:
+        raise UserError(f"{name} does not fit {arch}: {fault}")
     model.load_state_dict(tensors, strict=False)
     return model
 
