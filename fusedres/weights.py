@@ -106,7 +106,12 @@ def misfit(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str |
         for name, tensor in expected.items()
         if name in given and given[name].shape != tensor.shape
     ]
-    faults = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
+    retyped = [
+        f"{name} {given[name].dtype}"
+        for name, tensor in expected.items()
+        if name in given and given[name].is_floating_point() != tensor.is_floating_point()
+    ]
+    faults = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped, "of another kind": retyped}
     return "; ".join(f"{fault} {_few(names)}" for fault, names in faults.items() if names) or None
 
 

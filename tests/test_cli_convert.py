@@ -13,7 +13,7 @@ import torch
 from test_cli import assert_one_line
 from torch import Tensor, nn
 from torchvision import models
-from trained import ARCH, CLASSES, checkpoint, picture, small_net
+from trained_nets import ARCH, CLASSES, checkpoint, picture, small_net
 
 import fusedres
 from fusedres import artefact, cli

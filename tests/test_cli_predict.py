@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageOps
 from test_cli import assert_one_line
 from torchvision import models
-from trained import ARCH, CLASSES, checkpoint, picture, small_net
+from trained_nets import ARCH, CLASSES, checkpoint, picture, small_net
 
 from fusedres import cli
 from fusedres.cli import photo
@@ -54,7 +54,7 @@ def pictures() -> list[dict]:
 
 def expected(net: torch.nn.Module, *paths: str) -> torch.Tensor:
     """The probabilities by torchvision's own preprocessing and the modules of the network."""
-    preset = models.ResNet18_Weights.IMAGENET1K_V1.transforms(crop_size=SIZE, resize_size=round(SIZE * 256 / 224))
+    preset = models.ResNet18_Weights.IMAGENET1K_V1.transforms(crop_size=SIZE, resize_size=SIZE * 256 // 224)
     with torch.no_grad():
         return net(torch.stack([preset(Image.open(path)) for path in paths])).softmax(1)
 
@@ -195,6 +195,12 @@ def test_exif_turns_the_picture_upright(orientation: int) -> None:
     assert np.array_equal(as_array(upright), as_array(image)) == (orientation == 1)
 
 
+def test_damaged_exif_leaves_the_picture_as_it_is() -> None:
+    image = picture(Path("rgb.png"))
+    image.save("picture.jpg", exif=b"Exif\0\0neither II nor MM")
+    assert photo.open_rgb("picture.jpg").size == image.size
+
+
 # Files that are no pictures
 
 
@@ -215,8 +221,9 @@ def damage(path: Path, kind: str) -> None:
     elif kind == "folder without pictures":
         path.mkdir()
     elif kind == "too many pixels":
-        header = b"P6 60000 60000 255\n"
-        path.write_bytes(header + bytes(1000))
+        path.write_bytes(b"P6 60000 60000 255\n" + bytes(1000))
+    elif kind == "pipe":
+        os.mkfifo(path)
 
 
 @pytest.mark.parametrize(
@@ -230,6 +237,7 @@ def damage(path: Path, kind: str) -> None:
         ("a.png", "nothing", "No such file"),
         ("a", "folder without pictures", "no picture in the folder"),
         ("a.ppm", "too many pixels", "exceeds limit"),
+        ("a.png", "pipe", "no file"),
     ],
 )
 def test_file_that_is_no_picture(
@@ -252,6 +260,20 @@ def test_readable_pictures_are_answered_beside_others(net: torch.nn.Module, caps
     first, second = json.loads(Path("out.json").read_text())["refused"]
     assert "b.jpg" in first
     assert "c.png" in second
+
+
+def test_names_of_any_bytes_are_printed(net: torch.nn.Module, capfd: pytest.CaptureFixture) -> None:
+    name = os.fsdecode(b"\xff\n.png")
+    picture(Path(name))
+    damage(Path("b\n.png"), "text")
+    assert_one_line(predict(name, "b\n.png"), capfd.readouterr().err, "b .png", "no picture")
+    assert pictures()[0]["file"] == name
+
+
+def test_a_picture_named_twice_is_answered_twice(net: torch.nn.Module) -> None:
+    picture(Path("a.png"))
+    assert predict("a.png", "a.png") == 0
+    assert len(pictures()) == 2
 
 
 # Weights that are none
@@ -311,6 +333,21 @@ def test_numbers_that_are_none_are_refused(capsys: pytest.CaptureFixture) -> Non
     net.fc.weight.data[0, 0] = float("nan")
     torch.save(net.state_dict(), "nan.pth")
     assert_one_line(predict("a.png", weights="nan.pth"), capsys.readouterr().err, "not finite")
+
+
+def test_weights_that_give_no_number_are_refused(capsys: pytest.CaptureFixture) -> None:
+    picture(Path("a.png"))
+    net = small_net()
+    net.bn1.running_var.neg_()
+    torch.save(net.state_dict(), "net.pth")
+    assert_one_line(predict("a.png"), capsys.readouterr().err, "net.pth", "not finite")
+
+
+def test_integers_are_no_weights(capsys: pytest.CaptureFixture) -> None:
+    picture(Path("a.png"))
+    state = small_net().state_dict()
+    torch.save({name: tensor.to(torch.int8) for name, tensor in state.items()}, "net.pth")
+    assert_one_line(predict("a.png"), capsys.readouterr().err, "of another kind conv1.weight torch.int8", "more")
 
 
 @pytest.mark.parametrize(

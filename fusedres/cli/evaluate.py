@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader
 
 from fusedres.cli import common, console, photo, trained
@@ -39,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     data = _open(folder, network)
     start = time.perf_counter()
     with common.select_engine(args.engine):
-        top1, top5 = _count(network, data, args.batch, device)
+        top1, top5 = _count(network.on(device), data, args.batch)
     result: dict[str, Any] = {
         "arch": network.arch,
         "weights": network.source,
@@ -80,18 +79,15 @@ def _open(folder: Path, network: Trained) -> Any:
     return data
 
 
-def _count(network: Trained, data: Any, batch: int, device: torch.device) -> tuple[int, int]:
+def _count(network: Trained, data: Any, batch: int) -> tuple[int, int]:
     """How often the class is the network's first guess, and how often among its first five."""
-    model = network.on(device)
-    right = torch.zeros(2, dtype=torch.long, device=device)
-    done = 0
-    with console.progress("evaluating", len(data)) as advance, torch.inference_mode():
+    top1 = top5 = done = 0
+    with console.progress("evaluating", len(data)) as advance:
         for x, target in DataLoader(data, batch):
-            x = x.to(device, memory_format=torch.channels_last)
-            guesses = model(x).topk(min(TOP, len(network.labels))).indices
-            hits = guesses == target.to(device)[:, None]
-            right += torch.stack([hits[:, 0].sum(), hits.sum()])
+            guesses = network.logits(x).topk(min(TOP, len(network.labels))).indices.cpu()
+            hits = guesses == target[:, None]
+            top1 += int(hits[:, 0].sum())
+            top5 += int(hits.sum())
             done += len(target)
             advance(done)
-    top1, top5 = right.tolist()
     return top1, top5

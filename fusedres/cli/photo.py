@@ -18,6 +18,7 @@ STD = (0.229, 0.224, 0.225)
 
 #: What a folder is searched for.
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+TRANSPARENT = frozenset({"LA", "PA", "RGBA"})
 
 
 def find(places: Sequence[Path]) -> list[Path]:
@@ -30,14 +31,23 @@ def find(places: Sequence[Path]) -> list[Path]:
 
 def _find(place: Path) -> Iterator[Path]:
     if not place.is_dir():
-        if not place.exists():
-            raise UserError(f"cannot read the picture {place}: No such file or directory")
-        yield place
+        yield _checked_file(place)
         return
     found = sorted(path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     if not found:
         raise UserError(f"no picture in the folder {place}; known are {', '.join(sorted(SUFFIXES))}")
     yield from found
+
+
+def _checked_file(path: Path) -> Path:
+    """``path``, which may be opened without waiting for a writer; UserError where it is no file."""
+    if not path.is_file():
+        raise _error(path, "it is no file" if path.exists() else "No such file or directory")
+    return path
+
+
+def _error(path: Path, reason: str) -> UserError:
+    return UserError(" ".join(f"cannot read the picture {path}: {reason}".splitlines()))
 
 
 def open_rgb(path: Path | str) -> Any:
@@ -46,28 +56,43 @@ def open_rgb(path: Path | str) -> Any:
     UserError where there is no file, no picture in it, or only a part of one.
     """
     try:
-        from PIL import Image, ImageOps
+        from PIL import Image, UnidentifiedImageError
     except ImportError:
         raise UserError("reading a picture needs pillow: pip install pillow") from None
+    path = _checked_file(Path(path))
     try:
         with warnings.catch_warnings(), Image.open(path) as picture:
             warnings.simplefilter("ignore")  # of damaged EXIF, and of a size short of Pillow's limit
-            return _rgb(ImageOps.exif_transpose(picture))
+            picture.load()
+            return _rgb(_upright(picture))
+    except UnidentifiedImageError:
+        reason = "it is no picture"
     except OSError as error:
-        reason = error.strerror or ("it is no picture" if "identify" in str(error) else str(error))
+        reason = error.strerror or str(error)
     except Image.DecompressionBombError as error:
         reason = str(error)
     except Exception as error:  # a damaged file fails anywhere in Pillow's decoders
         reason = f"it is damaged ({type(error).__name__})"
-    raise UserError(f"cannot read the picture {path}: {' '.join(reason.split())}")
+    raise _error(path, reason)
+
+
+def _upright(picture: Any) -> Any:
+    """``picture`` turned as its EXIF says; as it is where that cannot be read."""
+    from PIL import ImageOps
+
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception:  # damaged EXIF fails anywhere in Pillow's reader of TIFF; the pixels are whole
+        return picture
 
 
 def _rgb(picture: Any) -> Any:
     from PIL import Image
 
     if picture.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip to 8
-        picture = picture.convert("I").point(lambda value: value * (1 / 257)).convert("L")
-    if not picture.has_transparency_data:
+        grey = picture.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+        return Image.merge("RGB", (grey, grey, grey))
+    if picture.mode not in TRANSPARENT and "transparency" not in picture.info:
         return picture.convert("RGB")
     picture = picture.convert("RGBA")
     white = Image.new("RGBA", picture.size, "white")

@@ -1,19 +1,21 @@
 """``fusedres predict``: what pictures show, by a trained network.
 
 Pictures are files of any kind that Pillow reads, or folders of them. The labels are ImageNet's where the network has
-1000 classes, else the classes' numbers. Pictures that cannot be read are left out and told of at the end.
+1000 classes, else the classes' numbers. Pictures are normalised as the published weights want it, and as ImageNet's for
+all others, whatever data they were trained on. Those that cannot be read are left out and told of at the end.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from fusedres.cli import common, console, photo, trained
 from fusedres.cli.common import UserError
@@ -40,16 +42,17 @@ def run(args: argparse.Namespace) -> int:
     results: list[dict[str, Any]] = []
     refused: list[UserError] = []
     with common.select_engine(args.engine), console.progress("predicting", len(paths)) as advance:
-        model = network.on(device)
+        network = network.on(device)
         for start in range(0, len(paths), args.batch):
-            pictures = dict(_pictures(paths[start : start + args.batch], network, refused))
-            results += _predict(model, network, pictures, args.top)
+            pictures = list(_pictures(paths[start : start + args.batch], network, refused))
+            if pictures:
+                results += _predict(network, pictures, args.top)
             advance(min(start + args.batch, len(paths)))
     _report(args, network, results, refused)
     return 0
 
 
-def _pictures(paths: list[Path], network: Trained, refused: list[UserError]) -> Iterator[tuple[Path, torch.Tensor]]:
+def _pictures(paths: list[Path], network: Trained, refused: list[UserError]) -> Iterator[tuple[Path, Tensor]]:
     """The inputs made of the files that can be read; why another cannot is added to ``refused``."""
     for path in paths:
         try:
@@ -58,14 +61,10 @@ def _pictures(paths: list[Path], network: Trained, refused: list[UserError]) -> 
             refused.append(error)
 
 
-def _predict(model: nn.Module, network: Trained, pictures: dict[Path, torch.Tensor], top: int) -> list[dict[str, Any]]:
-    if not pictures:
-        return []
-    weight = next(model.parameters())
-    x = torch.stack(list(pictures.values())).to(weight.device, memory_format=torch.channels_last)
-    with torch.inference_mode():
-        best = model(x).softmax(1).topk(min(top, len(network.labels)))
-    ranked = zip(pictures, best.values.tolist(), best.indices.tolist(), strict=True)
+def _predict(network: Trained, pictures: list[tuple[Path, Tensor]], top: int) -> list[dict[str, Any]]:
+    """The ``top`` classes of each picture, the likeliest first."""
+    paths, inputs = zip(*pictures, strict=True)
+    best = network.logits(torch.stack(inputs)).softmax(1).topk(min(top, len(network.labels)))
     return [
         {
             "file": str(path),
@@ -74,7 +73,7 @@ def _predict(model: nn.Module, network: Trained, pictures: dict[Path, torch.Tens
                 for probability, number in zip(probabilities, numbers, strict=True)
             ],
         }
-        for path, probabilities, numbers in ranked
+        for path, probabilities, numbers in zip(paths, best.values.tolist(), best.indices.tolist(), strict=True)
     ]
 
 
@@ -92,7 +91,7 @@ def _report(
         args.json.write_text(json.dumps(record, indent=2) + "\n")
     if results:
         rows = [
-            (result["file"] if rank == 0 else "", guess["label"], f"{100 * guess['probability']:.2f}%")
+            (_printable(result["file"]) if rank == 0 else "", guess["label"], f"{100 * guess['probability']:.2f}%")
             for result in results
             for rank, guess in enumerate(result["top"])
         ]
@@ -100,3 +99,8 @@ def _report(
     if refused:
         others = f" (and {len(refused) - 1} other files)" if len(refused) > 1 else ""
         raise UserError(f"{refused[0]}{others}")
+
+
+def _printable(name: str) -> str:
+    """A file's name for the terminal: bytes that are no UTF-8 are escaped."""
+    return os.fsencode(name).decode(errors="backslashreplace")

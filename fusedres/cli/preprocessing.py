@@ -11,9 +11,6 @@ from torch import Tensor
 
 from fusedres.cli.photo import MEAN, STD
 
-#: The shorter side of a picture before its crop, for each pixel of the crop.
-RESIZE = 256 / 224
-
 
 @dataclass(frozen=True)
 class Preprocessing:
@@ -27,8 +24,8 @@ class Preprocessing:
 
     @classmethod
     def standard(cls, crop: int) -> Preprocessing:
-        """What most ResNets are evaluated with on ImageNet."""
-        return cls(round(crop * RESIZE), crop)
+        """What most ResNets are evaluated with on ImageNet, and ``fusedres train`` evaluates with on image folders."""
+        return cls(crop * 256 // 224, crop)
 
     @classmethod
     def of(cls, weights: Any) -> Preprocessing:
@@ -56,7 +53,7 @@ class Preprocessing:
         """The same for another side of the crop; None leaves it."""
         if crop is None:
             return self
-        return dataclasses.replace(self, crop=crop, resize=round(crop * self.resize / self.crop))
+        return dataclasses.replace(self, crop=crop, resize=crop * self.resize // self.crop)
 
     def __call__(self, picture: Any) -> Tensor:
         """A picture of Pillow's in RGB -> (3, crop, crop) float32."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,14 +11,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import fusedres
 from fusedres import artefact
 from fusedres.cli import common, networks
 from fusedres.cli.common import UserError
 from fusedres.cli.preprocessing import Preprocessing
-from fusedres.resnet import VARIANTS, StagedNet
+from fusedres.resnet import VARIANTS
 from fusedres.weights import misfit, resolve
 
 T = TypeVar("T")
@@ -31,15 +32,23 @@ class Trained:
     """A network in eval with trained weights, and what its input and its output mean."""
 
     arch: str
-    model: StagedNet
+    model: Any  # a StagedNet
     preprocessing: Preprocessing
     labels: list[str]
     source: str
     folded: bool
 
-    def on(self, device: torch.device) -> nn.Module:
-        """The model on ``device``, its weights final."""
-        return fusedres.freeze(networks.place(self.model, device))
+    def on(self, device: torch.device) -> Trained:
+        """The same on ``device``, its weights final."""
+        return dataclasses.replace(self, model=fusedres.freeze(networks.place(self.model, device)))
+
+    @torch.inference_mode()
+    def logits(self, x: Tensor) -> Tensor:
+        """x (N, 3, H, W) float32 -> (N, classes) on the model's device; UserError where a logit is no number."""
+        y = self.model(x.to(self.model.fc.weight.device, memory_format=torch.channels_last))
+        if not y.isfinite().all():
+            raise UserError(f"{self.source} holds weights whose answer is not finite")
+        return y
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -97,10 +106,7 @@ def _read(name: str, arch: str) -> Mapping[str, Tensor]:
         assert checkpoint is not None  # for there is a name
         return checkpoint.read(True)
 
-    tensors = _told(name, read)
-    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
-        raise UserError(f"{name} holds numbers that are not finite")
-    return tensors
+    return _told(name, read)
 
 
 def _told(name: str, read: Callable[[], T]) -> T:
@@ -121,16 +127,23 @@ def _told(name: str, read: Callable[[], T]) -> T:
         raise UserError(f"{name} is no readable checkpoint ({reason})") from None
 
 
-def _model(arch: str, tensors: Mapping[str, Tensor], is_folded: bool, name: str) -> StagedNet:
-    classes = tensors.get("fc.bias")
-    model: Any = networks.build(arch, num_classes=len(classes) if classes is not None and classes.ndim == 1 else None)
+def _model(arch: str, tensors: Mapping[str, Tensor], is_folded: bool, name: str) -> Any:
+    model: Any = networks.build(arch, num_classes=_count_classes(tensors))
     model = artefact.hollow(model) if is_folded else model.eval().requires_grad_(False)
     expected = artefact.state(model) if is_folded else model.state_dict()
     fault = misfit(expected, tensors)
     if fault is not None:
         raise UserError(f"{name} does not fit {arch}: {fault}")
-    model.load_state_dict(tensors, strict=False)
+    _told(name, lambda: model.load_state_dict(tensors, strict=False))
+    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+        raise UserError(f"{name} holds numbers that are not finite")
     return model
+
+
+def _count_classes(tensors: Mapping[str, Tensor]) -> int | None:
+    """How many classes a checkpoint was trained for; None where it does not say."""
+    bias = tensors.get("fc.bias")
+    return None if bias is None or bias.ndim != 1 else len(bias) or None
 
 
 def _enum_name(arch: str) -> str | None:
