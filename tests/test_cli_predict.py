@@ -7,6 +7,7 @@ import os
 import pickle
 import sys
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -197,7 +198,11 @@ def test_exif_turns_the_picture_upright(orientation: int) -> None:
 
 def test_damaged_exif_leaves_the_picture_as_it_is() -> None:
     image = picture(Path("rgb.png"))
-    image.save("picture.jpg", exif=b"Exif\0\0neither II nor MM")
+    directory = "0002  0102 0002 00000006 00000026  0112 0003 00000001 0006 0000  00e90000"  # 0102 should be numbers
+    exif = b"Exif\0\0MM\0*" + bytes.fromhex("00000008" + directory) + b"maker\0"
+    image.save("picture.jpg", exif=exif)
+    with pytest.raises(Exception, match="integer"):
+        ImageOps.exif_transpose(Image.open("picture.jpg"))
     assert photo.open_rgb("picture.jpg").size == image.size
 
 
@@ -222,6 +227,8 @@ def damage(path: Path, kind: str) -> None:
         path.mkdir()
     elif kind == "too many pixels":
         path.write_bytes(b"P6 60000 60000 255\n" + bytes(1000))
+    elif kind == "floats":
+        Image.fromarray(np.zeros((9, 9), np.float32)).save(path)
     elif kind == "pipe":
         os.mkfifo(path)
 
@@ -237,6 +244,7 @@ def damage(path: Path, kind: str) -> None:
         ("a.png", "nothing", "No such file"),
         ("a", "folder without pictures", "no picture in the folder"),
         ("a.ppm", "too many pixels", "exceeds limit"),
+        ("a.tif", "floats", "floating-point"),
         ("a.png", "pipe", "no file"),
     ],
 )
@@ -348,6 +356,15 @@ def test_integers_are_no_weights(capsys: pytest.CaptureFixture) -> None:
     state = small_net().state_dict()
     torch.save({name: tensor.to(torch.int8) for name, tensor in state.items()}, "net.pth")
     assert_one_line(predict("a.png"), capsys.readouterr().err, "of another kind conv1.weight torch.int8", "more")
+
+
+def test_weights_that_cannot_be_downloaded(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: models.WeightsEnum, **options: object) -> None:
+        raise URLError("no route to host")
+
+    picture(Path("a.png"))
+    monkeypatch.setattr(models.ResNet18_Weights, "get_state_dict", fail)
+    assert_one_line(predict("a.png", weights="DEFAULT"), capsys.readouterr().err, "cannot read DEFAULT", "no route")
 
 
 @pytest.mark.parametrize(

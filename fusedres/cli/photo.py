@@ -65,6 +65,8 @@ def open_rgb(path: Path | str) -> Any:
             warnings.simplefilter("ignore")  # of damaged EXIF, and of a size short of Pillow's limit
             picture.load()
             return _rgb(_upright(picture))
+    except UserError as error:
+        reason = str(error)
     except UnidentifiedImageError:
         reason = "it is no picture"
     except OSError as error:
@@ -89,6 +91,8 @@ def _upright(picture: Any) -> Any:
 def _rgb(picture: Any) -> Any:
     from PIL import Image
 
+    if picture.mode == "F":
+        raise UserError("its pixels are floating-point numbers of an unknown range")
     if picture.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip to 8
         grey = picture.convert("I").point(lambda value: value * (1 / 257)).convert("L")
         return Image.merge("RGB", (grey, grey, grey))

@@ -115,8 +115,10 @@ def _told(name: str, read: Callable[[], T]) -> T:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of foreign pickles, which are refused in any case
             return read()
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise UserError(f"cannot read {name}: {error.strerror or 'No such file or directory'}") from None
+    except FileNotFoundError:
+        raise UserError(f"cannot read {name}: No such file or directory") from None
+    except OSError as error:  # also of a download
+        raise UserError(f"cannot read {name}: {error.strerror or error}") from None
     except ImportError:
         raise UserError(f"{name} needs safetensors: pip install 'fusedres[deploy]'") from None
     except Exception as error:  # a damaged file fails in zip, pickle or tensor code alike
