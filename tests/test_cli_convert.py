@@ -66,10 +66,12 @@ def eager_of(net: nn.Module, arch: str = ARCH) -> nn.Module:
 def test_folded_network_has_the_numbers_and_the_fused_convs(arch: str) -> None:
     net, x = small_net(arch), batch(2)
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    folded = artefact.fold(net)
+    eager, folded = eager_of(net, arch), artefact.fold(net)
+    bare = artefact.without_norms(folded)
     with torch.no_grad():
-        assert_as_near_as_eager(folded(x), eager_of(net, arch), x)
-        assert_as_near_as_eager(artefact.without_norms(folded)(x), eager_of(net, arch), x)
+        assert_as_near_as_eager(folded(x), eager, x)
+        assert_as_near_as_eager(bare(x), eager, x)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in bare.modules())
     explanation = fusedres.explain(folded)
     assert explanation.fused == explanation.convs > 0
     assert not any("bn" in name or "running" in name for name in artefact.state(folded))
@@ -237,22 +239,31 @@ def test_artefact_of_another_network_is_refused(capsys: pytest.CaptureFixture) -
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
+    ("key", "value", "word"),
     [
-        ("arch", "vgg16"),
-        ("preprocessing", "{"),
-        ("preprocessing", "[]"),
-        ("preprocessing", '{"resize": 0, "crop": 0, "mean": [0, 0, 0], "std": [1, 1, 1], "interpolation": "bilinear"}'),
-        ("preprocessing", '{"resize": 9, "crop": 9, "mean": [0, 0, 0], "std": [1, 1, 1], "interpolation": "magic"}'),
+        ("arch", "vgg16", "vgg16"),
+        ("preprocessing", "{", "net.safetensors does not say"),
+        ("preprocessing", "[]", "net.safetensors: TypeError"),
+        ("preprocessing", "{}", "net.safetensors: KeyError: 'resize'"),
+        (
+            "preprocessing",
+            '{"resize": 0, "crop": 0, "mean": [0, 0, 0], "std": [1, 1, 1], "interpolation": "bilinear"}',
+            "no way",
+        ),
+        (
+            "preprocessing",
+            '{"resize": 9, "crop": 9, "mean": [0, 0, 0], "std": [1, 1, 1], "interpolation": "magic"}',
+            "magic",
+        ),
     ],
 )
-def test_damaged_card_is_told(key: str, value: str, capsys: pytest.CaptureFixture) -> None:
+def test_damaged_card_is_told(key: str, value: str, word: str, capsys: pytest.CaptureFixture) -> None:
     save = pytest.importorskip("safetensors.torch", reason="needs safetensors").save_file
     net = small_net("cifar_resnet20")
     card = artefact.Card("cifar_resnet20", {})
     save(artefact.state(artefact.fold(net)), "net.safetensors", card.metadata() | {key: value})
     picture(Path("a.png"))
-    assert_one_line(cli.main(["predict", "a.png", "--weights", "net.safetensors"]), capsys.readouterr().err)
+    assert_one_line(cli.main(["predict", "a.png", "--weights", "net.safetensors"]), capsys.readouterr().err, word)
 
 
 @pytest.mark.parametrize("missing", ["safetensors", "onnx", "onnxscript"])

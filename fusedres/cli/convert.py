@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
-import logging
 import warnings
 from pathlib import Path
 
@@ -78,7 +77,6 @@ def _write(path: Path, content: bytes) -> None:
 
 def _onnx(folded: nn.Module, card: artefact.Card, x: torch.Tensor) -> bytes:
     """The folded network as ONNX: ``pictures`` (N, 3, H, W) float32 -> ``logits`` (N, classes), N free."""
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter, about itself
         program = torch.onnx.export(

@@ -124,7 +124,7 @@ def _told(name: str, read: Callable[[], T]) -> T:
     except Exception as error:  # a damaged file fails in zip, pickle or tensor code alike
         lines = str(error).splitlines()
         if isinstance(error, ValueError) and len(lines) == 1:  # this package's own
-            raise UserError(lines[0]) from None
+            raise UserError(lines[0] if name in lines[0] else f"{name}: {lines[0]}") from None
         reason = f"{type(error).__name__}: {lines[0][:100]}" if lines else type(error).__name__
         raise UserError(f"{name} is no readable checkpoint ({reason})") from None
 
