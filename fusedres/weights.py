@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ Weights = Enum | str | os.PathLike | bool | None
 SUFFIXES = (".pth", ".pt", ".safetensors")
 WRAPPERS = ("state_dict", "model")
 PREFIXES = ("module.", "_orig_mod.", "module.")  # DDP and torch.compile, whichever is the outer one
+NAMED = 4  # tensors of a kind that a message names
 LEGACY_MEMBER = "IMAGENET1K_V1"  # what torchvision's pretrained=True stands for
 
 
@@ -70,7 +72,15 @@ def read_file(path: Path) -> Mapping[str, Tensor]:
     try:
         return unwrap(torch.load(path, map_location="cpu", weights_only=True), path)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} is no checkpoint that torch.load(weights_only=True) accepts: {error}") from error
+        raise ValueError(
+            f"{path} is no checkpoint that torch.load(weights_only=True) accepts: {_refusal(error)}"
+        ) from error
+
+
+def _refusal(error: pickle.UnpicklingError) -> str:
+    """In a line, what PyTorch says in many."""
+    code = re.search(r"GLOBAL (\S+)", str(error))
+    return f"it asks for code to be run ({code[1]}), which was not" if code else "it is not one of torch.save"
 
 
 def unwrap(checkpoint: Any, path: Path) -> Mapping[str, Tensor]:
@@ -82,6 +92,32 @@ def unwrap(checkpoint: Any, path: Path) -> Mapping[str, Tensor]:
     for prefix in PREFIXES:
         consume_prefix_in_state_dict_if_present(checkpoint, prefix)
     return checkpoint
+
+
+def misfit(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str | None:
+    """Why the tensors ``given`` are not those ``expected``, in one line; None where they are.
+
+    BN's counter of batches may be missing, for files of older versions of PyTorch lack it.
+    """
+    missing = [name for name in expected if name not in given and not name.endswith(".num_batches_tracked")]
+    unexpected = [name for name in given if name not in expected]
+    reshaped = [
+        f"{name} {tuple(given[name].shape)} for {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in given and given[name].shape != tensor.shape
+    ]
+    retyped = [
+        f"{name} {given[name].dtype}"
+        for name, tensor in expected.items()
+        if name in given and given[name].is_floating_point() != tensor.is_floating_point()
+    ]
+    faults = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped, "of another kind": retyped}
+    return "; ".join(f"{fault} {_few(names)}" for fault, names in faults.items() if names) or None
+
+
+def _few(names: list[str]) -> str:
+    more = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _legacy_name(pretrained: bool, enum_name: str) -> str | None:
@@ -115,5 +151,5 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         from safetensors.torch import load_file
     except ImportError as error:
-        raise ImportError(f"reading {path} needs the safetensors package") from error
+        raise ImportError(f"reading {path} needs safetensors: pip install 'fusedres[deploy]'") from error
     return load_file(path)

@@ -21,7 +21,7 @@ from fusedres.cli.common import UserError
 from fusedres.models import MODELS
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ["bench", "train", "explain", "info", "report"]
+COMMANDS = list(cli.COMMANDS)
 
 
 def run_process(*arguments: str, **options) -> subprocess.CompletedProcess:

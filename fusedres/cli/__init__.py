@@ -8,12 +8,15 @@ import sys
 from collections.abc import Sequence
 
 import fusedres
-from fusedres.cli import bench, explain, info, report, roofline, train
+from fusedres.cli import bench, convert, evaluate, explain, info, predict, report, roofline, train
 from fusedres.cli.common import Parser, UserError
 
 COMMANDS = {
     "bench": bench,
     "train": train,
+    "predict": predict,
+    "evaluate": evaluate,
+    "convert": convert,
     "explain": explain,
     "info": info,
     "report": report,

@@ -46,10 +46,15 @@ def add_model_options(parser: argparse.ArgumentParser, arch: str) -> None:
     parser.add_argument(
         "--memory", choices=("standard", "recompute"), default="standard", help="memory mode of the blocks"
     )
+    add_run_options(parser)
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, order and augmentation (default: 0)")
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Where and how a network runs."""
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
     parser.add_argument("--engine", help=f"prefer one engine: {', '.join(dispatch.ENGINES)}")
     parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights, order and augmentation (default: 0)")
 
 
 def select_device(name: str) -> torch.device:

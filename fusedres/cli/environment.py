@@ -14,7 +14,7 @@ import torch
 import fusedres
 from fusedres import dispatch, native
 
-PACKAGES = ("torchvision", "triton", "numpy", "scikit-learn", "rich", "matplotlib")
+PACKAGES = ("torchvision", "triton", "numpy", "safetensors", "onnx", "scikit-learn", "rich", "matplotlib")
 
 
 def machine() -> dict[str, Any]:

@@ -22,11 +22,16 @@ from fusedres.models import MODELS
 
 def build(arch: str, memory: str = "standard", num_classes: int | None = None, seed: int = 0) -> nn.Module:
     """The fused network ``arch`` with random weights that depend on ``seed`` alone. UserError for an unknown name."""
-    if arch not in MODELS:
-        raise UserError(f"no network is named {arch!r}; there are {', '.join(MODELS)}")
+    check(arch)
     options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     torch.manual_seed(seed)
     return MODELS[arch](memory=memory, **options)
+
+
+def check(arch: str) -> None:
+    """UserError, with all names, where no network is named ``arch``."""
+    if arch not in MODELS:
+        raise UserError(f"no network is named {arch!r}; there are {', '.join(MODELS)}")
 
 
 def depth_of(arch: str) -> int:
