@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -89,7 +90,7 @@ class Backbone(nn.Module):
                 raise ValueError(f"global_pool must be one of {list(_POOLS)}, got {global_pool!r}")
             self.avgpool = _POOLS[global_pool]().train(self.training)
             self._global_pool = global_pool
-        like = next(self.fc.parameters(), self.conv1.weight)
+        like = next(chain(self.fc.parameters(), self.parameters()))
         head = nn.Linear(self.num_features, num_classes).to(like) if num_classes > 0 else nn.Identity()
         self.fc = head.train(self.training)
         self.num_classes = num_classes
@@ -165,6 +166,8 @@ class Backbone(nn.Module):
         dropped = range(last + 1, len(self.feature_info))
         for number in dropped:
             setattr(self, f"layer{number}", nn.Sequential())
+        if last == 0:
+            self.maxpool = None
         self.num_features = self.feature_info[last]["num_chs"]
         if prune_head or dropped:
             self.reset_classifier(0, "")
