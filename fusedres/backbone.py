@@ -51,7 +51,7 @@ class Backbone(nn.Module):
     """
 
     #: What ``default_cfg`` and ``pretrained_cfg`` are at first.
-    cfg: ClassVar[dict[str, Any]]
+    cfg: ClassVar[dict[str, Any]] = IMAGENET_CFG
 
     conv1: nn.Conv2d
     bn1: nn.Module

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from fusedres import cifar, resnet
-from fusedres.backbone import CIFAR_CFG, IMAGENET_CFG
+from fusedres.backbone import CIFAR_CFG
 from fusedres.blocks import NormLayer
 from fusedres.layers import FusedConvBNReLU
 from fusedres.models import Constructor, constructor
@@ -35,8 +35,6 @@ class PlainNet(_PlainStages):
         norm_layer: makes a norm from a number of channels; default torch.nn.BatchNorm2d.
         memory: "standard", or "recompute" to keep less for the backward.
     """
-
-    cfg = IMAGENET_CFG
 
     def __init__(
         self,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from fusedres.backbone import IMAGENET_CFG, Backbone
+from fusedres.backbone import Backbone
 from fusedres.blocks import FusedBasicBlock, FusedBottleneck, NormLayer, conv1x1
 from fusedres.models import Constructor, constructor
 from fusedres.specs import Memory
@@ -49,11 +49,12 @@ class StagedNet(Backbone):
     ) -> None:
         """``layers[i]`` blocks of ``widths[i]`` planes; every stage but the first halves the map, or dilates."""
         dilate = [False, *(dilate or [False] * (len(widths) - 1))]
+        pooling = 1 if self.maxpool is None else 2
         for number, (planes, blocks, dilated) in enumerate(zip(widths, layers, dilate, strict=True), start=1):
             stride = 1 if number == 1 else 2
             self.add_module(f"layer{number}", self._make_layer(block, planes, blocks, stride, dilated))
-            halvings = [stride == 2 and not dilated, number == 1 and self.maxpool is not None]
-            self._add_feature(f"layer{number}", self.inplanes, 2 ** sum(halvings))
+            coarser = pooling if number == 1 else 1 if dilated else stride
+            self._add_feature(f"layer{number}", self.inplanes, coarser)
 
     def _make_layer(self, block: Any, planes: int, blocks: int, stride: int = 1, dilate: bool = False) -> nn.Sequential:
         """One stage: the first block strides, and adapts the shortcut where the shape changes."""
@@ -118,8 +119,6 @@ class ResNet(StagedNet):
         norm_layer: makes a norm from a number of channels; default torch.nn.BatchNorm2d.
         memory: "standard", or "recompute" to keep less for the backward.
     """
-
-    cfg = IMAGENET_CFG
 
     def __init__(
         self,
