@@ -16,7 +16,7 @@ import pytest
 import timm
 import torch
 from networks import Twins, as_maps, images, shaken, small_twins
-from oracles import assert_steps_equal, step
+from oracles import assert_steps_equal, is_fused, step
 from timm.data import resolve_data_config
 from timm.models import get_pretrained_cfg
 from timm.models import resnet as eager_resnet
@@ -30,7 +30,6 @@ from fusedres.models import MODELS
 from fusedres.resnet import VARIANTS
 
 modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-
 
 BLOCKS = {
     "basic": (fusedres.FusedBasicBlock, eager_resnet.BasicBlock),
@@ -48,9 +47,6 @@ def _originals(kind: str) -> Twins:
 def timm_twins(kind: str = "basic") -> Twins:
     """(fused, timm's) with one block a stage, shaken, in float64."""
     return copy.deepcopy(_originals(kind))
-
-
-kinds = pytest.mark.parametrize("kind", BLOCKS)
 
 
 def cifar_net(**kwargs: Any) -> nn.Module:
@@ -354,6 +350,13 @@ def test_features_only_is_timms(feature_cls: str, training: bool) -> None:
     assert_equal(list(ours.buffers()), list(theirs.buffers()))
 
 
+@modes
+def test_getter_of_features_runs_fused(training: bool) -> None:
+    net = timm.create_model("fusedres_resnet18", features_only=True, feature_cls="getter").train(training)
+    with torch.set_grad_enabled(training):
+        assert is_fused(lambda: net(images(dtype=torch.float32)))
+
+
 def test_features_only_of_small_networks_has_four_maps() -> None:
     net = timm.create_model("fusedres_cifar_plain20", features_only=True)
     assert [m.shape[1:] for m in net(images(side=32, dtype=torch.float32))] == [
@@ -364,7 +367,7 @@ def test_features_only_of_small_networks_has_four_maps() -> None:
     ]
 
 
-@kinds
+@pytest.mark.parametrize("kind", BLOCKS)
 @pytest.mark.parametrize("indices", [[0], [1, 2], 1], ids=str)
 def test_pruned_network_is_timms(indices: Any, kind: str) -> None:
     fused, eager = timm_twins(kind)
