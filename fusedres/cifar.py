@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fusedres.backbone import CIFAR_CFG
 from fusedres.blocks import FusedBasicBlock, NormLayer
 from fusedres.models import Constructor, constructor
 from fusedres.resnet import HE, StagedNet
@@ -45,6 +46,8 @@ class CifarResNet(StagedNet):
         memory: "standard", or "recompute" to keep less for the backward.
         in_channels: channels of the images.
     """
+
+    cfg = CIFAR_CFG
 
     def __init__(
         self,

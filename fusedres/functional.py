@@ -83,7 +83,8 @@ def conv_bn_relu(x: Tensor, conv: nn.Conv2d, bn: nn.Module, relu: nn.Module | bo
         y = bn(conv(x))
         return tail(y) if tail is not None else F.relu(y) if relu else y
 
-    return residual_chain(x, [ConvBN(conv, bn)], None, bool(relu), "standard", unfused, [tail] if tail else [])
+    activates, activations = (bool(relu), []) if tail is None else (True, [tail])
+    return residual_chain(x, [ConvBN(conv, bn)], None, activates, "standard", unfused, activations)
 
 
 def residual_chain(

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from fusedres import cifar, resnet
+from fusedres.backbone import CIFAR_CFG
 from fusedres.blocks import NormLayer
 from fusedres.layers import FusedConvBNReLU
 from fusedres.models import Constructor, constructor
@@ -60,6 +61,8 @@ class CifarPlainNet(_PlainStages):
         memory: "standard", or "recompute" to keep less for the backward.
         in_channels: channels of the images.
     """
+
+    cfg = CIFAR_CFG
 
     def __init__(
         self,

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from fusedres import functional
+from fusedres.backbone import Backbone
 from fusedres.blocks import FusedBasicBlock, FusedBottleneck, NormLayer, conv1x1
 from fusedres.models import Constructor, constructor
 from fusedres.specs import Memory
@@ -16,7 +15,7 @@ from fusedres.specs import Memory
 WIDTHS = (64, 128, 256, 512)
 
 
-class StagedNet(nn.Module):
+class StagedNet(Backbone):
     """The frame: stem (conv1 bn1 relu [maxpool]), stages of blocks (layer1, layer2, ...), head (avgpool fc).
 
     A subclass's constructor makes the three parts in this order, then initialises them.
@@ -43,16 +42,19 @@ class StagedNet(nn.Module):
         self.bn1 = self._norm_layer(self.inplanes)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = maxpool
+        self._add_feature("relu", self.inplanes, conv1.stride[0])
 
     def _make_stages(
         self, block: Any, layers: Sequence[int], widths: Sequence[int], dilate: Sequence[bool] | None = None
     ) -> None:
         """``layers[i]`` blocks of ``widths[i]`` planes; every stage but the first halves the map, or dilates."""
         dilate = [False, *(dilate or [False] * (len(widths) - 1))]
+        pooling = 1 if self.maxpool is None else 2
         for number, (planes, blocks, dilated) in enumerate(zip(widths, layers, dilate, strict=True), start=1):
             stride = 1 if number == 1 else 2
             self.add_module(f"layer{number}", self._make_layer(block, planes, blocks, stride, dilated))
-        self._num_stages = len(widths)
+            coarser = pooling if number == 1 else 1 if dilated else stride
+            self._add_feature(f"layer{number}", self.inplanes, coarser)
 
     def _make_layer(self, block: Any, planes: int, blocks: int, stride: int = 1, dilate: bool = False) -> nn.Sequential:
         """One stage: the first block strides, and adapts the shortcut where the shape changes."""
@@ -74,8 +76,9 @@ class StagedNet(nn.Module):
         return nn.Sequential(conv1x1(self.inplanes, outplanes, stride), self._norm_layer(outplanes))
 
     def _make_head(self, num_classes: int) -> None:
+        self.num_features, self.num_classes = self.inplanes, num_classes
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
-        self.fc = nn.Linear(self.inplanes, num_classes)
+        self.fc = nn.Linear(self.num_features, num_classes)
 
     def _initialise(self, zero_init_residual: bool = False) -> None:
         for module in self.modules():
@@ -95,16 +98,8 @@ class StagedNet(nn.Module):
                 if isinstance(last.weight, Tensor):
                     nn.init.zeros_(last.weight)
 
-    def _stem(self, x: Tensor) -> Tensor:
-        if self.maxpool is None:
-            return functional.conv_bn_relu(x, self.conv1, self.bn1, self.relu)
-        return functional.stem(x, self.conv1, self.bn1, self.relu, self.maxpool)
-
     def _forward_impl(self, x: Tensor) -> Tensor:
-        x = self._stem(x)
-        for number in range(1, self._num_stages + 1):
-            x = getattr(self, f"layer{number}")(x)
-        return self.fc(torch.flatten(self.avgpool(x), 1))
+        return self.forward_head(self.forward_features(x))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, C, H, W) -> logits (N, num_classes), in the dtype of the parameters or of autocast."""
