@@ -73,7 +73,7 @@ def fold(model: StagedNet) -> nn.Module:
         constants = ops.bn_constants(bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps, torch.float64)
         bias = None if conv.bias is None else conv.bias.double()
         target.weight, target.bias = map(_final, ops.bn_fold(conv.weight.double(), bias, constants))
-    return folded.to(model.fc.weight.dtype)
+    return folded.to(model.conv1.weight.dtype)
 
 
 def hollow(model: StagedNet) -> nn.Module:
