@@ -12,9 +12,14 @@ import fusedres
 from fusedres import FusedBasicBlock, FusedBottleneck, FusedConvBNReLU, native
 from fusedres.engines.block_kernels import Chain, form_reason, kernel_of, size_reason, stem_weight
 from fusedres.engines.cuda import CUDA
-from fusedres.explain import _outline as outline
+from fusedres.explain import _outline, built_in_chain
 
 KIB = 1 << 10
+
+
+def outline(block: FusedBasicBlock | FusedBottleneck | FusedConvBNReLU) -> Chain:
+    """The kind of chain that ``block`` folds to."""
+    return _outline(built_in_chain(block))
 
 
 def bottleneck(inplanes: int = 64, planes: int = 16, stride: int = 1, **kwargs: int) -> Chain:
