@@ -10,9 +10,10 @@ from torch import nn
 
 import fusedres
 from fusedres import FusedBasicBlock, FusedBottleneck, FusedConvBNReLU, native
+from fusedres.account import built_in_chain
 from fusedres.engines.block_kernels import Chain, form_reason, kernel_of, size_reason, stem_weight
 from fusedres.engines.cuda import CUDA
-from fusedres.explain import _outline, built_in_chain
+from fusedres.explain import _outline
 
 KIB = 1 << 10
 
