@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from contest import inference as forward
 from contest import pair
 from torch import Tensor, nn
 
@@ -82,7 +83,7 @@ def inference(model: nn.Module, inputs: list[Tensor], dtype: torch.dtype) -> Cal
     return run
 
 
-def captured(step: Callable[[], None]) -> Callable[[], None]:
+def captured(step: Callable[[], object]) -> Callable[[], None]:
     """``step`` as one CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -160,14 +161,6 @@ def serve(models: dict[str, nn.Module], args: argparse.Namespace) -> dict[str, A
         found[str(batch)] = {"seconds": medians(samples), "samples": samples}
         print(f"{args.arch} eval of {batch}: {milliseconds(samples)}", flush=True)
     return found
-
-
-def forward(model: nn.Module, x: Tensor) -> Callable[[], None]:
-    def run() -> None:
-        with torch.inference_mode():
-            model(x)
-
-    return run
 
 
 def stages(models: dict[str, nn.Module], args: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -25,6 +25,7 @@ from static_report import FORMS, STEM_FORMS, bytes_moved, resnet50_problems
 from torch import Tensor
 from triton.testing import do_bench
 
+from fusedres import roofline
 from fusedres.kernels import aot, configs
 from fusedres.kernels.configs import Tile
 from fusedres.problem import ConvProblem
@@ -66,6 +67,11 @@ class Case(NamedTuple):
     count: int
 
     @property
+    def is_plain(self) -> bool:
+        """Whether the gradient that the op is given is there already."""
+        return self.form.startswith("plain ")
+
+    @property
     def candidates(self) -> list[Tile]:
         return STEM if self.problem.C < 16 else CANDIDATES[self.op]
 
@@ -97,14 +103,14 @@ class Gpu(aot.Operands):
 def call_of(case: Case, operands: Gpu) -> Callable[[], Any]:
     function, calls = {op: rest for op, *rest in aot.OPS}[case.op]
     args = dict(calls(operands))[case.form.removeprefix("plain ")]
-    if case.form.startswith("plain "):  # a gradient that is there already
+    if case.is_plain:
         args = (args[0], None, None, None, 0.0, *args[5:])
     return lambda: function(*args)
 
 
 def vendor_of(case: Case, operands: Gpu) -> Callable[[], Any]:
     """PyTorch's own conv for the same gradient or output: no statistics, no prologue, no epilogue."""
-    p, geometry = case.problem, (operands.geometry[0], operands.geometry[1], operands.geometry[2])
+    p, geometry = case.problem, operands.geometry[:3]
     if case.op == "conv_fprop":
         return lambda: torch.ops.aten.convolution(
             operands.x, operands.w, None, *map(list, geometry), False, [0, 0], p.groups
@@ -129,12 +135,6 @@ def compile_one(item: tuple[Case, Tile]) -> str | None:
     return None
 
 
-def copy_bandwidth() -> float:
-    """Bytes a second of a large copy on the device, read and written."""
-    source, target = (torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_() for _ in range(2))
-    return 2 * source.numel() / (do_bench(lambda: target.copy_(source), return_mode="median") * 1e-3)
-
-
 def milliseconds(call: Callable[[], Any]) -> float:
     return float(do_bench(call, warmup=5, rep=25, return_mode="median"))
 
@@ -147,9 +147,7 @@ def measure(case: Case, bandwidth: float, failed: set[tuple[Case, Tile]]) -> dic
         if (case, tile) not in failed:
             with configs.trying(tile):
                 found[" ".join(map(str, tile[:5]))] = milliseconds(call)
-    moved = bytes_moved(
-        aot.Plan(case.op, "train" if case.form.startswith("plain ") else case.form, case.problem, DTYPE, ())
-    )
+    moved = bytes_moved(aot.Plan(case.op, "train" if case.is_plain else case.form, case.problem, DTYPE, ()))
     flops = 2 * case.problem.gemm_m * case.problem.K * case.problem.C * case.problem.R * case.problem.S
     return {
         "case": str(case),
@@ -173,7 +171,8 @@ def main() -> int:
         return 2
     start = time.monotonic()
     torch.backends.cudnn.benchmark = True
-    todo = [(case, tile) for case in cases(args.batch, args.forms) for tile in case.candidates]
+    all_cases = list(cases(args.batch, args.forms))
+    todo = [(case, tile) for case in all_cases for tile in case.candidates]
     with multiprocessing.get_context("spawn").Pool(min(len(os.sched_getaffinity(0)), 15)) as pool:
         errors = pool.map(compile_one, todo, chunksize=1)
     failed = {item for item, error in zip(todo, errors, strict=True) if error}
@@ -183,8 +182,8 @@ def main() -> int:
     print(
         f"{len(todo)} candidates, {len(failed)} of them none here, after {time.monotonic() - start:.0f} s", flush=True
     )
-    bandwidth, rows = copy_bandwidth(), []
-    for case in cases(args.batch, args.forms):
+    bandwidth, rows = roofline.measured(torch.device("cuda"), DTYPE).bytes_per_s, []
+    for case in all_cases:
         if time.monotonic() - start > args.seconds:
             print(f"stopped before {case}")
             break

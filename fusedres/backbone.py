@@ -15,10 +15,15 @@ from torch.utils.checkpoint import checkpoint
 from fusedres import functional
 from fusedres.layout import channels_last
 
-_SHARED_CFG = {"interpolation": "bilinear", "crop_pct": 0.875, "first_conv": "conv1", "classifier": "fc"}
+_SHARED_CFG: dict[str, Any] = {
+    "interpolation": "bilinear",
+    "crop_pct": 0.875,
+    "first_conv": "conv1",
+    "classifier": "fc",
+}
 
 #: How images are prepared for the networks: the keys are those of timm's ``default_cfg``.
-IMAGENET_CFG = {
+IMAGENET_CFG: dict[str, Any] = {
     **_SHARED_CFG,
     "input_size": (3, 224, 224),
     "pool_size": (7, 7),
@@ -26,7 +31,7 @@ IMAGENET_CFG = {
     "std": (0.229, 0.224, 0.225),
     "num_classes": 1000,
 }
-CIFAR_CFG = {
+CIFAR_CFG: dict[str, Any] = {
     **_SHARED_CFG,
     "input_size": (3, 32, 32),
     "pool_size": (8, 8),

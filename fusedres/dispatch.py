@@ -81,7 +81,7 @@ def choose(op: str, device_type: str, dtype: torch.dtype) -> Choice:
     """The engine for ``op`` on tensors of this device and dtype."""
     if device_type == "meta":
         device_type = _meta_stands_for.get()
-    return _choose(op, device_type, dtype, forced(), nvidia.capability() if device_type == "cuda" else None)
+    return _choose(op, device_type, dtype, forced(), nvidia.planned())
 
 
 @torch.compiler.assume_constant_result
@@ -98,9 +98,9 @@ def closes_units(device_type: str, dtype: torch.dtype) -> bool:
 
 @functools.cache
 def _choose(
-    op: str, device_type: str, dtype: torch.dtype, first: str | None, capability: tuple[int, int] | None
+    op: str, device_type: str, dtype: torch.dtype, first: str | None, planned: tuple[int, int] | None
 ) -> Choice:
-    """``capability``: of the GPU, which engines look up themselves."""
+    """``planned``: the capability that engines look up themselves. A machine's own does not change."""
     passed_over: list[tuple[str, str]] = []
     for candidate in _preferred(first):
         reason = candidate.rejects(op, device_type, dtype)

@@ -46,6 +46,16 @@ def new_activation(like: Tensor, size: Sequence[int], dtype: torch.dtype | None 
     return torch.empty(size, dtype=dtype or like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
+def no_sums(like: Tensor) -> Tensor:
+    """What an op returns for statistics or sums of ``like`` that nobody asked for: (0,)."""
+    return like.new_empty(0, dtype=acc_dtype(like.dtype))
+
+
+def add_on_grid_(x: Tensor, part: Tensor, stride: Sequence[int]) -> None:
+    """Add ``part`` to every ``stride``-th row and column of ``x`` (N, C, H, W), as many as ``part`` has."""
+    x[:, :, :: stride[0], :: stride[1]] += part
+
+
 def pixels(x: Tensor) -> int:
     """How many values each channel of ``x`` (N, C, H, W) has: N*H*W."""
     return x.shape[0] * x.shape[2] * x.shape[3]

@@ -27,6 +27,11 @@ def out_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
+def is_plain_gemm(kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], groups: int) -> bool:
+    """Whether a conv of this geometry multiplies each pixel by one matrix: 1x1, stride 1, no padding, no groups."""
+    return (*kernel_size, *stride, *padding, groups) == (1, 1, 1, 1, 0, 0, 1)
+
+
 @dataclass(frozen=True)
 class ConvProblem:
     """One convolution ``x (N, C, H, W) * w (K, C/groups, R, S) -> y (N, K, P, Q)``."""

@@ -12,7 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedres.layout import BN, acc_dtype, channels_last, from_pixel_matrix, new_activation, per_channel, pixel_matrix
+from fusedres.layout import (
+    BN,
+    acc_dtype,
+    add_on_grid_,
+    channels_last,
+    from_pixel_matrix,
+    new_activation,
+    no_sums,
+    per_channel,
+    pixel_matrix,
+)
 
 
 def _relu(x: Tensor) -> Tensor:
@@ -56,7 +66,7 @@ def conv_fprop(
     if relu:
         y = _relu(y)
     y = channels_last(y)
-    return y, channel_stats(y) if genstats else y.new_empty(0, dtype=acc_dtype(y.dtype))
+    return y, channel_stats(y) if genstats else no_sums(y)
 
 
 def _drelu(g: Tensor, z: Tensor, bn: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,14 +92,42 @@ def _input_gradient(
 ) -> tuple[Tensor, Tensor]:
     """The epilogue of the dgrad ops. ``dx`` is private to the op and may be changed in place."""
     if residual is not None:
-        dx[:, :, :: residual_stride[0], :: residual_stride[1]] += residual
+        add_on_grid_(dx, residual, residual_stride)
     if prev_z is None or prev_bn is None:
-        return channels_last(dx), dx.new_empty(0, dtype=acc_dtype(dx.dtype))
+        return channels_last(dx), no_sums(dx)
     dx, sums = _drelu(dx, prev_z, prev_bn)
     return channels_last(dx), sums
 
 
-def convolution_backward(
+def convolution_dgrad(
+    dz: Tensor,
+    w: Tensor,
+    input_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """The gradient of a plain convolution's input, by ATen: channels_last, private to the caller."""
+    x = new_activation(dz, (dz.shape[0], w.shape[1] * groups, *input_size))  # only its shape is read
+    return channels_last(_convolution_backward(dz, x, w, stride, padding, dilation, groups, (True, False))[0])
+
+
+def convolution_wgrad(
+    dz: Tensor,
+    x: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """The gradient of a plain convolution's weight, by ATen: channels_last."""
+    w = new_activation(x, (dz.shape[1], x.shape[1] // groups, *kernel_size))  # only its shape is read
+    return channels_last(_convolution_backward(dz, x, w, stride, padding, dilation, groups, (False, True))[1])
+
+
+def _convolution_backward(
     dz: Tensor,
     x: Tensor,
     w: Tensor,
@@ -124,8 +162,7 @@ def conv_dgrad(
     prev_bn: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     dz = _output_gradient(g, z, bn, sums, inv_count)
-    x = new_activation(g, (g.shape[0], w.shape[1] * groups, *input_size))  # only its shape is read
-    dx, _ = convolution_backward(dz, x, w, stride, padding, dilation, groups, (True, False))
+    dx = convolution_dgrad(dz, w, input_size, stride, padding, dilation, groups)
     return _input_gradient(dx, residual, residual_stride, prev_z, prev_bn)
 
 
@@ -144,9 +181,7 @@ def conv_wgrad(
     groups: int,
 ) -> Tensor:
     dz = _output_gradient(g, z, bn, sums, inv_count)
-    w = new_activation(x, (g.shape[1], x.shape[1] // groups, *kernel_size))  # only its shape is read
-    _, dw = convolution_backward(dz, _input(x, in_bn), w, stride, padding, dilation, groups, (False, True))
-    return channels_last(dw)
+    return convolution_wgrad(dz, _input(x, in_bn), kernel_size, stride, padding, dilation, groups)
 
 
 def bn_finalize(
@@ -220,7 +255,7 @@ def drelu_dbn(
     acc = acc_dtype(g.dtype)
     sums = _bn_sums(g, z, bn) if z is not None and bn is not None else pixel_matrix(g).to(acc).sum(0, keepdim=True)
     if residual_z is None or residual_bn is None:
-        return g, sums, g.new_empty(0, dtype=acc)
+        return g, sums, no_sums(g)
     return g, sums, _bn_sums(g, residual_z, residual_bn)
 
 

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from triton import knobs
 
 from fusedres.kernels.configs import Tile
+from fusedres.kernels.tile import INTERPRETED
 from fusedres.problem import ConvProblem
 
 #: Pixel indices are 32 bits wide; element offsets are 64 wherever a tensor needs it.
@@ -38,9 +38,6 @@ class Launch(NamedTuple):
 
 _recorded: list[Launch] | None = None
 
-#: Settled when kernels are defined; asking Triton at every launch takes as long as the launch.
-_INTERPRETED = bool(knobs.runtime.interpret)
-
 #: Compiled kernels and their trailing constants, by everything that Triton would look at to find them. Its own look
 #: takes most of a small launch's time.
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
@@ -63,7 +60,7 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> Non
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, args, constants))
         return
-    if _INTERPRETED:
+    if INTERPRETED.value:
         kernel[grid](*args, **constants)
         return
     key = (kernel.fn, args[0].get_device(), *map(_specialisation, args), *constants.values())

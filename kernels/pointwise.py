@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedres.kernels.launch import cdiv, run
-from fusedres.kernels.prologue import dbn_factors
+from fusedres.kernels.prologue import dbn_factors, dbn_slope
+from fusedres.kernels.tails import tile_of_matrix, tile_shape
 from fusedres.kernels.tile import cast
 from fusedres.layout import STAT_ROWS, SUM_ROWS
 
@@ -40,25 +41,24 @@ def _tile(k, c, start, K, C, BLOCK_C: tl.constexpr):
 @triton.jit
 def centre_kernel(x, mean, out, m, C, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
     """``x`` less its mean rounded to the dtype of ``x``."""
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask = (rows < m)[:, None] & (column < C)[None, :]
-    offsets = rows[:, None] * C + column[None, :]
-    value = tl.load(x + offsets, mask=mask, other=0.0)
+    start, offsets, mask = tile_of_matrix(tl.program_id(0).to(tl.int64) * BLOCK_M, m, C, column, BLOCK_M)
+    value = tl.load(x + start + offsets, mask=mask, other=0.0)
     pivot = cast(tl.load(mean + column, mask=column < C, other=0.0), value.dtype).to(tl.float32)
-    tl.store(out + offsets, cast(value.to(tl.float32) - pivot[None, :], value.dtype), mask=mask)
+    tl.store(out + start + offsets, cast(value.to(tl.float32) - pivot[None, :], value.dtype), mask=mask)
 
 
 @triton.jit
-def moments_kernel(products, mean, moments, m, C, HALF: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr):
-    """``products`` of what ``centre_kernel`` left, less what it left of the mean; below them the mean itself."""
+def moments_kernel(products, mean, centred, moments, m, C, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr):
+    """``products`` of what ``centre_kernel`` left, less what it left of the mean; below them the mean itself. Of
+    ``centred`` the dtype alone is looked at: the mean was rounded to it."""
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = (k < C)[:, None] & (column < C)[None, :]
     mean_k = tl.load(mean + k, mask=k < C, other=0.0)
     mean_c = tl.load(mean + column, mask=column < C, other=0.0)
-    left_k = mean_k - cast(mean_k, HALF).to(tl.float32)
-    left_c = mean_c - cast(mean_c, HALF).to(tl.float32)
+    left_k = mean_k - cast(mean_k, centred.dtype.element_ty).to(tl.float32)
+    left_c = mean_c - cast(mean_c, centred.dtype.element_ty).to(tl.float32)
     offsets = k[:, None] * C + column[None, :]
     second = tl.load(products + offsets, mask=mask, other=0.0) - m * left_k[:, None] * left_c[None, :]
     tl.store(moments + offsets, second, mask=mask)
@@ -69,24 +69,20 @@ def moments_kernel(products, mean, moments, m, C, HALF: tl.constexpr, BLOCK_K: t
 def centre(rows: Tensor, mean: Tensor) -> Tensor:
     """``rows`` (M, C) of a half dtype less ``mean`` (C,) float32, rounded to that dtype first."""
     m, c = rows.shape
-    out, block_c = torch.empty_like(rows), min(triton.next_power_of_2(c), _BLOCK_C)
-    block_m = max(4096 // block_c, 1)
+    out, (block_m, block_c) = torch.empty_like(rows), tile_shape(c, rows.element_size())
     if m:
         grid = (cdiv(m, block_m), cdiv(c, block_c))
         run(centre_kernel, grid, rows, mean, out, m, c, BLOCK_M=block_m, BLOCK_C=block_c, num_warps=_WARPS)
     return out
 
 
-_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-
-
-def finish_moments(products: Tensor, mean: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """(C, C) ``products`` of centred rows of ``dtype`` and their ``mean`` -> moments (C+1, C) float32."""
-    c = products.shape[0]
+def finish_moments(products: Tensor, mean: Tensor, centred: Tensor) -> Tensor:
+    """``products`` (C, C) of ``centred`` (M, C), which was less ``mean`` -> moments (C+1, C) float32."""
+    m, c = centred.shape
     moments = products.new_empty(c + 1, c)
     grid = (cdiv(c, _BLOCK_K), cdiv(c, _BLOCK_C))
-    constants = {"HALF": _TYPES[dtype], "BLOCK_K": _BLOCK_K, "BLOCK_C": _BLOCK_C, "num_warps": _WARPS}
-    run(moments_kernel, grid, products, mean, moments, float(count), c, **constants)
+    blocks = {"BLOCK_K": _BLOCK_K, "BLOCK_C": _BLOCK_C, "num_warps": _WARPS}
+    run(moments_kernel, grid, products, mean, centred, moments, float(m), c, **blocks)
     return moments
 
 
@@ -152,7 +148,7 @@ def pointwise_wgrad_kernel(
     tl.store(sums + k, dbeta, mask=k < K)
     tl.store(sums + K + k, dgamma_k, mask=k < K)
     a = tl.load(bn + 2 * K + k, mask=k < K, other=0.0)
-    b = -a * invstd * dgamma_k * inv_count
+    b = dbn_slope(a, invstd, dgamma_k, inv_count)
     for start in range(0, C, BLOCK_C):
         column, offsets, mask = _tile(k, tl.arange(0, BLOCK_C), start, K, C, BLOCK_C)
         mean = tl.load(moments + C * C + column, mask=column < C, other=0.0)

@@ -55,7 +55,13 @@ def dbn_factors(bn, sums, inv_count, channels, count, mask):
     a = tl.load(bn + 2 * count + channels, mask=mask, other=0.0)
     dbeta = tl.load(sums + channels, mask=mask, other=0.0)
     dgamma = tl.load(sums + count + channels, mask=mask, other=0.0)
-    return mean, a, -a * invstd * dgamma * inv_count, -a * dbeta * inv_count
+    return mean, a, dbn_slope(a, invstd, dgamma, inv_count), -a * dbeta * inv_count
+
+
+@triton.jit
+def dbn_slope(a, invstd, dgamma, inv_count):
+    """The factor ``b`` of ``z - mean``."""
+    return -a * invstd * dgamma * inv_count
 
 
 @triton.jit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from oracles import EAGER_BLOCKS, batch, block_twins, rms
+from oracles import EAGER_BLOCKS, batch, block_twins, rms, shake
 from torch import Tensor, nn
 
 import fusedres
@@ -39,6 +39,12 @@ def eager_block(kind: str, c: int, planes: int, stride: int, dtype: torch.dtype,
     return block_twins(fused_kind, c, planes, stride, **kwargs)[1].to(dtype).eval()
 
 
+def eager_stem(c: int, k: int, dtype: torch.dtype) -> nn.Sequential:
+    """A ResNet's stem in eval with shaken BN, ``c`` channels in and ``k`` out, parameters in ``dtype``."""
+    conv = nn.Conv2d(c, k, 7, 2, 3, bias=False)
+    return shake(nn.Sequential(conv, nn.BatchNorm2d(k), nn.ReLU(), nn.MaxPool2d(3, 2, 1))).to(dtype).eval()
+
+
 def assert_close_as_eager(ours: Tensor, eager: nn.Module, x: Tensor) -> None:
     """At most twice eager's root-mean-square error against float64, and NaN in the same places."""
     with torch.no_grad():
@@ -50,4 +56,4 @@ def assert_close_as_eager(ours: Tensor, eager: nn.Module, x: Tensor) -> None:
     assert ours_error <= 2 * their_error + floor, f"error {ours_error:.3g}, eager's {their_error:.3g}"
 
 
-__all__ = ["assert_close_as_eager", "batch", "eager_block", "folded"]
+__all__ = ["assert_close_as_eager", "batch", "eager_block", "eager_stem", "fold", "folded"]

@@ -20,7 +20,7 @@ from fusedres.autograd.unit import (
     parameter_gradients,
     run_conv,
 )
-from fusedres.layout import channels_last
+from fusedres.layout import add_on_grid_, channels_last
 from fusedres.problem import Pair
 from fusedres.specs import ChainSpec, UnitTensors
 
@@ -124,9 +124,9 @@ class ChainBackward:
             return dx
         assert self.x is not None
         full = torch.zeros_like(self.x)
-        full[:, :, :: stride[0], :: stride[1]] += dx
+        add_on_grid_(full, dx, stride)
         if shortcut is not None:
-            full[:, :, :: shortcut_stride[0], :: shortcut_stride[1]] += shortcut
+            add_on_grid_(full, shortcut, shortcut_stride)
         return full
 
     def _closed_backward(self, i: int, g: Tensor, sum_g: Tensor) -> tuple[Tensor | None, Tensor]:

@@ -24,7 +24,6 @@ TOP = 5
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help="imagefolder:PATH, with a folder for each class")
     trained.add_options(parser)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedres.backbone import IMAGENET_CFG
 from fusedres.cli.common import UserError
 
 # ImageNet's, as every published ResNet is trained with them.
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
+MEAN, STD = IMAGENET_CFG["mean"], IMAGENET_CFG["std"]
 
 #: What a folder is searched for.
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})

@@ -52,7 +52,7 @@ class Trained:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Which trained network, and where and how it runs."""
+    """Which trained network, where and how it runs, and where its results go."""
     parser.add_argument("--arch", help=f"network (default: what the weights say, else {DEFAULT_ARCH})")
     parser.add_argument(
         "--weights",
@@ -62,6 +62,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-size", type=common.positive, help="side of the input (default: what the weights say)")
     parser.add_argument("--batch", type=common.positive, default=32, help="pictures at once (default: %(default)s)")
     common.add_run_options(parser)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
 
 
 def load(name: str | None, arch: str | None, image_size: int | None = None) -> Trained:

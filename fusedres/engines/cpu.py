@@ -16,8 +16,8 @@ from torch import Tensor
 from fusedres import native, reference
 from fusedres.engines import Engine, EvalChain, EvalRun, FoldedConv, LiveConv
 from fusedres.engines.onednn import PackedChain, onednn_conv, onednn_reason
-from fusedres.layout import acc_dtype, channels_last, new_activation
-from fusedres.problem import as_pair
+from fusedres.layout import add_on_grid_, channels_last, no_sums
+from fusedres.problem import as_pair, is_plain_gemm
 
 kernels = torch.ops.fusedres_cpu
 
@@ -100,7 +100,7 @@ class CPUEngine(Engine):
             conv = FoldedConv(w, bias, as_pair(stride), as_pair(padding), as_pair(dilation), groups)
             y = _run(x, conv, residual, relu)
         y = channels_last(y)
-        return y, kernels.channel_stats(y) if genstats else y.new_empty(0, dtype=acc_dtype(y.dtype))
+        return y, kernels.channel_stats(y) if genstats else no_sums(y)
 
     @staticmethod
     def dbn(g: Tensor, z: Tensor | None, bn: Tensor, sums: Tensor | None, inv_count: float) -> Tensor:
@@ -131,20 +131,17 @@ class CPUEngine(Engine):
         if _is_native(dz, groups):
             dx = kernels.conv_dgrad(dz, w, input_size, stride, padding, dilation, residual, residual_stride)
             return dx, _drelu_(dx, prev_z, prev_bn)
-        is_plain_gemm = (*w.shape[2:], *stride, *padding, groups) == (1, 1, 1, 1, 0, 0, 1)
         # The transposed weight makes it a forward conv, which may add the residual as it stores. Not where the sum over
         # K is the long one: oneDNN's forward conv adds that up with three times the rounding of its dgrad.
-        if is_plain_gemm and w.shape[0] <= w.shape[1]:
+        if is_plain_gemm(w.shape[2:], stride, padding, groups) and w.shape[0] <= w.shape[1]:
             fused = residual if tuple(residual_stride) == (1, 1) else None
             transposed = FoldedConv(channels_last(w.transpose(0, 1)), None, (1, 1), (0, 0), (1, 1), 1)
-            dx = onednn_conv(dz, transposed, fused, False)
+            dx = channels_last(onednn_conv(dz, transposed, fused, False))
             residual = residual if fused is None else None
         else:
-            x = new_activation(dz, (dz.shape[0], w.shape[1] * groups, *input_size))  # only its shape is read
-            dx = reference.convolution_backward(dz, x, w, stride, padding, dilation, groups, (True, False))[0]
-        dx = channels_last(dx)
+            dx = reference.convolution_dgrad(dz, w, input_size, stride, padding, dilation, groups)
         if residual is not None:
-            dx[:, :, :: residual_stride[0], :: residual_stride[1]] += residual
+            add_on_grid_(dx, residual, residual_stride)
         return dx, _drelu_(dx, prev_z, prev_bn)
 
     @staticmethod
@@ -166,9 +163,7 @@ class CPUEngine(Engine):
             g, z, bn, sums = CPUEngine.dbn(g, z, bn, sums, inv_count), None, None, None
         if groups == 1:
             return kernels.conv_wgrad(g, z, bn, sums, inv_count, x, in_bn, kernel_size, stride, padding, dilation)
-        w = new_activation(x, (g.shape[1], x.shape[1] // groups, *kernel_size))  # only its shape is read
-        operands = (g, _input(x, in_bn), w, stride, padding, dilation, groups)
-        return channels_last(reference.convolution_backward(*operands, (False, True))[1])
+        return reference.convolution_wgrad(g, _input(x, in_bn), kernel_size, stride, padding, dilation, groups)
 
     @staticmethod
     def pointwise_wgrad(
@@ -247,7 +242,7 @@ def _run(x: Tensor, conv: FoldedConv, residual: Tensor | None, relu: bool) -> Te
 
 def _drelu_(dx: Tensor, prev_z: Tensor | None, prev_bn: Tensor | None) -> Tensor:
     """The dgrad epilogue, in place on a ``dx`` that its op made: mask by the ReLU before, return that BN's sums."""
-    return dx.new_empty(0, dtype=acc_dtype(dx.dtype)) if prev_z is None else kernels.drelu_dbn_(dx, prev_z, prev_bn)
+    return no_sums(dx) if prev_z is None else kernels.drelu_dbn_(dx, prev_z, prev_bn)
 
 
 def _pointwise(matrix: Tensor, bias: Tensor | None, dtype: torch.dtype) -> FoldedConv:

@@ -21,7 +21,8 @@ from fusedres import reference
 from fusedres.engines import Engine
 from fusedres.engines.nvidia import capability
 from fusedres.engines.triton import TRITON
-from fusedres.layout import acc_dtype, channels_last, from_pixel_matrix, new_activation, pixel_matrix
+from fusedres.layout import add_on_grid_, channels_last, from_pixel_matrix, no_sums, pixel_matrix
+from fusedres.problem import is_plain_gemm
 
 _DTYPES = (torch.bfloat16, torch.float16)
 #: The compute capability from which it is the first choice.
@@ -65,7 +66,7 @@ class CuDNNEngine(Engine):
         if bias is not None or residual is not None or relu:  # an epilogue: there the kernel with one is ahead
             return TRITON.conv_fprop(x, w, bias, residual, in_bn, stride, padding, dilation, groups, relu, genstats)
         y = channels_last(F.conv2d(_input(x, in_bn), channels_last(w), None, stride, padding, dilation, groups))
-        return y, _kernel("channel_stats", "channel_stats")(y) if genstats else _nothing(y)
+        return y, _kernel("channel_stats", "channel_stats")(y) if genstats else no_sums(y)
 
     @staticmethod
     def conv_dgrad(
@@ -86,15 +87,14 @@ class CuDNNEngine(Engine):
         prev_bn: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         dz = g if bn is None else TRITON.dbn(g, z, bn, sums, inv_count)
-        is_plain_gemm = (*w.shape[2:], *stride, *padding, groups) == (1, 1, 1, 1, 0, 0, 1)
-        if is_plain_gemm and residual is not None and prev_z is None:  # what the sum costs apart is more than the conv
+        takes_sum = is_plain_gemm(w.shape[2:], stride, padding, groups) and prev_z is None
+        if takes_sum and residual is not None:  # what the sum costs apart is more than the conv
             plain = (dz, None, None, None, 0.0, w, input_size, stride, padding, dilation, groups)
             return TRITON.conv_dgrad(*plain, residual, residual_stride, None, None)
-        x = new_activation(dz, (dz.shape[0], w.shape[1] * groups, *input_size))  # only its shape is read
-        operands = (channels_last(dz), x, channels_last(w), stride, padding, dilation, groups)
-        dx = channels_last(reference.convolution_backward(*operands, (True, False))[0])
+        operands = (channels_last(dz), channels_last(w), input_size)
+        dx = reference.convolution_dgrad(*operands, stride, padding, dilation, groups)
         if residual is not None:
-            dx[:, :, :: residual_stride[0], :: residual_stride[1]] += residual
+            add_on_grid_(dx, residual, residual_stride)
         return dx, _drelu_(dx, prev_z, prev_bn)
 
     @staticmethod
@@ -113,9 +113,8 @@ class CuDNNEngine(Engine):
         groups: int,
     ) -> Tensor:
         dz = g if bn is None else TRITON.dbn(g, z, bn, sums, inv_count)
-        w = new_activation(x, (dz.shape[1], x.shape[1] // groups, *kernel_size))  # only its shape is read
-        operands = (channels_last(dz), _input(x, in_bn), w, stride, padding, dilation, groups)
-        return channels_last(reference.convolution_backward(*operands, (False, True))[1])
+        operands = (channels_last(dz), _input(x, in_bn), kernel_size)
+        return reference.convolution_wgrad(*operands, stride, padding, dilation, groups)
 
     @staticmethod
     def input_moments(x: Tensor, in_bn: Tensor | None, stride: Sequence[int]) -> Tensor:
@@ -125,7 +124,7 @@ class CuDNNEngine(Engine):
         mean = _kernel("channel_stats", "channel_stats")(rows[:, :, None, None])[1]
         centred = _kernel("pointwise", "centre")(rows, mean)
         products = _product(centred.t(), centred)
-        return _kernel("pointwise", "finish_moments")(products, mean, rows.shape[0], x.dtype)
+        return _kernel("pointwise", "finish_moments")(products, mean, centred)
 
     @staticmethod
     def pointwise_wgrad(
@@ -160,7 +159,7 @@ class CuDNNEngine(Engine):
         a, by_g = pixel_matrix(_input(x, in_bn), stride), pixel_matrix(g)
         if prev_z is None:
             rows = torch.addmm(constant.to(g.dtype), a, from_x).addmm_(by_g, from_g)
-            return from_pixel_matrix(rows, g.shape[0], g.shape[2], g.shape[3]), _nothing(g)
+            return from_pixel_matrix(rows, g.shape[0], g.shape[2], g.shape[3]), no_sums(g)
         dx = from_pixel_matrix(torch.mm(a, from_x).addmm_(by_g, from_g), g.shape[0], g.shape[2], g.shape[3])
         return dx, _kernel("tails", "drelu_")(dx, prev_z, prev_bn, constant)
 
@@ -176,13 +175,9 @@ def _input(x: Tensor, in_bn: Tensor | None) -> Tensor:
     return channels_last(x) if in_bn is None else TRITON.scale_shift_add_relu(x, in_bn, None, None, True)
 
 
-def _nothing(like: Tensor) -> Tensor:
-    return like.new_empty(0, dtype=acc_dtype(like.dtype))
-
-
 def _drelu_(dx: Tensor, prev_z: Tensor | None, prev_bn: Tensor | None) -> Tensor:
     """The dgrad epilogue, in place on a ``dx`` that its op made: mask by the ReLU before, return that BN's sums."""
-    return _nothing(dx) if prev_z is None else _kernel("tails", "drelu_")(dx, prev_z, prev_bn)
+    return no_sums(dx) if prev_z is None else _kernel("tails", "drelu_")(dx, prev_z, prev_bn)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

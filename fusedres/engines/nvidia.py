@@ -25,10 +25,14 @@ def planning(capability: tuple[int, int] | None) -> Iterator[None]:
         _planned.reset(token)
 
 
+def planned() -> tuple[int, int] | None:
+    """The compute capability that ``planning`` set, if any."""
+    return _planned.get()
+
+
 def capability() -> tuple[int, int] | None:
     """The compute capability that is planned for, else that of the current GPU; None where there is no GPU."""
-    planned = _planned.get()
-    return planned or (torch.cuda.get_device_capability() if torch.cuda.is_available() else None)
+    return planned() or (torch.cuda.get_device_capability() if torch.cuda.is_available() else None)
 
 
 @functools.cache

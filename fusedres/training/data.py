@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fusedres.backbone import IMAGENET_CFG
+
 Transform = Callable[[Any], Tensor]
 
 
@@ -208,7 +210,7 @@ def _imagefolder(folder: Path, size: int, seed: int) -> Data:
     """``folder/train/CLASS/*`` and ``folder/val/CLASS/*`` with the usual ImageNet transforms."""
     torchvision = _need("torchvision", "torchvision", "an image folder")
     transforms = torchvision.transforms
-    normalize = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    normalize = transforms.Normalize(IMAGENET_CFG["mean"], IMAGENET_CFG["std"])
     augment = transforms.Compose(
         [
             transforms.RandomResizedCrop(size),

@@ -7,8 +7,7 @@ import math
 import emulated
 import pytest
 import torch
-from geometries import assert_close_as_eager, batch, fold
-from oracles import shake
+from geometries import assert_close_as_eager, batch, eager_stem, fold
 from torch import Tensor, nn
 
 from fusedres.engines.block_kernels import stem_weight
@@ -18,11 +17,6 @@ DTYPES = (torch.float16, torch.bfloat16)
 SIZES = [(1, 3, 64, 32, 64), (2, 3, 64, 33, 37), (1, 1, 8, 1, 1), (2, 4, 72, 19, 45), (1, 2, 136, 50, 9)]
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-def eager_stem(c: int, k: int, dtype: torch.dtype) -> nn.Sequential:
-    conv = nn.Conv2d(c, k, 7, 2, 3, bias=False)
-    return shake(nn.Sequential(conv, nn.BatchNorm2d(k), nn.ReLU(), nn.MaxPool2d(3, 2, 1))).to(dtype).eval()
 
 
 def run(stem: nn.Sequential, x: Tensor, *args: object) -> tuple[Tensor, dict[str, int]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -12,5 +14,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     reason = "needs a GPU" if not torch.cuda.is_available() else native.missing_cuda
     if reason is not None:
         for item in items:
-            if __file__.rpartition("/")[0] in str(item.path):
+            if Path(__file__).parent in item.path.parents:
                 item.add_marker(pytest.mark.skip(reason=reason))

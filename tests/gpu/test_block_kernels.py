@@ -7,9 +7,8 @@ import math
 
 import pytest
 import torch
-from geometries import assert_close_as_eager, batch, eager_block, fold, folded
+from geometries import assert_close_as_eager, batch, eager_block, eager_stem, fold, folded
 from networks import shaken
-from oracles import shake
 from torch import Tensor, nn
 from torchvision.models import resnet as eager_resnet
 
@@ -72,8 +71,7 @@ def test_a_basic_block_is_as_accurate_as_eager(geometry: tuple[int, int, int, in
 @pytest.mark.parametrize("size", [(2, 3, 64, 224, 224), (1, 1, 8, 1, 1), (2, 4, 72, 19, 45)], ids=str)
 def test_the_stem_is_as_accurate_as_eager(size: tuple[int, int, int, int, int], dtype: torch.dtype) -> None:
     n, c, k, h, w = size
-    conv = nn.Conv2d(c, k, 7, 2, 3, bias=False)
-    stem = shake(nn.Sequential(conv, nn.BatchNorm2d(k), nn.ReLU(), nn.MaxPool2d(3, 2, 1))).to(dtype).eval()
+    stem = eager_stem(c, k, dtype)
     with torch.no_grad():
         weight, bias = fold(stem[0], stem[1], dtype)
     x = batch(n, c, h, w, dtype=dtype)

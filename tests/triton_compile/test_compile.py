@@ -114,8 +114,8 @@ def test_small_products_of_closed_units_fit_their_machine(dtype: torch.dtype, ma
     w, moments, bn, sums, mean = meta(k, c, 1, 1, dtype=dtype), meta(c + 1, c), meta(4, k), meta(2, k), meta(c)
     names = set()
     with recording() as launches:
-        centre(meta(12544, c, dtype=dtype), mean)
-        finish_moments(meta(c, c), mean, 12544, dtype)
+        centred = centre(meta(12544, c, dtype=dtype), mean)
+        finish_moments(meta(c, c), mean, centred)
         pointwise_stats(moments, w, meta(k, dtype=dtype), 12544)
         pointwise_wgrad(meta(k, c), meta(k), moments, w, bn, 1e-4)
         pointwise_dgrad_operands(moments, w, bn, sums, 1e-4)
