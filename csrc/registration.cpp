@@ -11,6 +11,7 @@
 STABLE_TORCH_LIBRARY_IMPL(fusedres_cpu, CPU, m) {
   using namespace fusedres::cpu;
   m.impl("channel_stats", TORCH_BOX(&channel_stats));
+  m.impl("bn_finalize", TORCH_BOX(&bn_finalize));
   m.impl("scale_shift_add_relu", TORCH_BOX(&scale_shift_add_relu));
   m.impl("drelu_dbn", TORCH_BOX(&drelu_dbn));
   m.impl("drelu_dbn_", TORCH_BOX(&drelu_dbn_inplace));

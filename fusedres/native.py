@@ -15,6 +15,9 @@ import torch
 _CPU_SCHEMAS = (
     # z (N, K, H, W) -> stats (3, K), single pass from memory, tiles merged pairwise in a fixed order.
     "channel_stats(Tensor z) -> Tensor",
+    # All vectors (K,) in the dtype of stats (3, K); the counter int64.
+    "bn_finalize(Tensor stats, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var,"
+    " Tensor(c!)? num_batches_tracked, float? momentum, float eps) -> Tensor",
     "scale_shift_add_relu(Tensor z, Tensor bn, Tensor? residual, Tensor? residual_bn, bool relu) -> Tensor",
     "drelu_dbn(Tensor dy, Tensor? y, Tensor? z, Tensor? bn, Tensor? residual_z, Tensor? residual_bn)"
     " -> (Tensor, Tensor, Tensor)",

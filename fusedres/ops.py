@@ -22,9 +22,11 @@ BN backward is affine in g and z. It is written around the mean, so that a large
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from fusedres import dispatch
 from fusedres.layout import BN_ROWS, STAT_ROWS, SUM_ROWS, acc_dtype, new_activation
@@ -39,11 +41,25 @@ def _register(schema: str) -> Callable[[Callable], Callable]:
 
     def bind(fake: Callable) -> Callable:
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
-        _library.impl(name, dispatch.caller(name), "CompositeExplicitAutograd")
+        op = getattr(torch.ops.fusedres, name).default
+        written = [i for i, argument in enumerate(op._schema.arguments) if argument.is_write]
+        call = dispatch.caller(name)
+        _library.impl(name, _versioned(call, written) if written else call, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fusedres::{name}", fake, lib=_library)
-        return getattr(torch.ops.fusedres, name).default
+        return op
 
     return bind
+
+
+def _versioned(call: Callable, written: Sequence[int]) -> Callable:
+    """``call``, after which autograd knows that the arguments ``written`` have changed: kernels do not tell it."""
+
+    def run(*args: Any) -> Any:
+        result = call(*args)
+        increment_version([args[i] for i in written if args[i] is not None])
+        return result
+
+    return run
 
 
 def _acc(like: Tensor, *size: int) -> Tensor:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from oracles import assert_accurate, batch, needs_native
 from torch import Tensor
 
-from fusedres import reference
+from fusedres import ops, reference
 from fusedres.layout import acc_dtype
 
 pytestmark = [needs_native, pytest.mark.usefixtures("one_thread")]
@@ -111,6 +111,32 @@ def test_statistics_of_infinity_and_nan_stay_in_their_channels() -> None:
     assert m2.isnan().nonzero().flatten().tolist() == [3, 5, 18]
     clean = [c for c in range(20) if c not in (3, 5, 18)]
     assert torch.equal(torch.stack([mean, m2])[:, clean], expected[1:, clean])
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.0, 1.0, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_bn_finalize(dtype: torch.dtype, momentum: float | None) -> None:
+    def arguments(given: bool, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+        rows = torch.randn(7, 21, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+        stats = torch.stack([torch.full((21,), 12, dtype=dtype), rows[0], 5 * rows[1].square()])
+        counter = torch.tensor(4)
+        return stats, *((*rows[2:5], rows[5].square(), counter) if given else (None,) * 5)
+
+    for given in (False, True):
+        native, oracle = arguments(given, dtype), arguments(given, torch.float64)
+        bn = kernels.bn_finalize(*native, momentum, 1e-3)
+        torch.testing.assert_close(bn.double(), reference.bn_finalize(*oracle, momentum, 1e-3), rtol=2e-7, atol=1e-6)
+        for actual, expected in zip(native[3:] if given else (), oracle[3:], strict=given):
+            torch.testing.assert_close(actual.to(expected.dtype), expected, rtol=2e-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("place", [slice(None, None, 2), slice(None)], ids=["gaps", "float16"])
+def test_statistics_that_the_native_op_does_not_take_move_all_the_same(place: slice) -> None:
+    """Running statistics with gaps, or of another dtype than the batch's."""
+    stats = torch.tensor([[4.0, 4.0], [1.0, 2.0], [3.0, 6.0]])
+    mean = torch.zeros(4) if place.step else torch.zeros(2, dtype=torch.float16)
+    ops.bn_finalize(stats, None, None, mean[place], None, None, 0.5, 1e-5)
+    assert mean[place].tolist() == [0.5, 1.0]
 
 
 @sizes
@@ -265,6 +291,7 @@ def bad_calls() -> dict[str, tuple[Callable, ...]]:
     z = batch(2, 8, 5, 4)
     bn, sums = bn_like(z), bn_like(z)[:2].contiguous()
     pooled, tap = z[:, :, :3, :2].contiguous(memory_format=CL), torch.zeros(2, 8, 3, 2, dtype=torch.uint8)
+    stats, finalize = bn[:3].contiguous(), kernels.bn_finalize
     tail, drelu = kernels.scale_shift_add_relu, kernels.drelu_dbn
     return {
         "3-D": (kernels.channel_stats, z[0]),
@@ -285,6 +312,12 @@ def bad_calls() -> dict[str, tuple[Callable, ...]]:
         "residual_z without its bn": (drelu, z, None, None, None, z, None),
         "in place, other size": (kernels.drelu_dbn_, z, z[:1], bn),
         "short sums": (kernels.dbn, z, z, bn, sums[:, :3].contiguous(), 0.1),
+        "stats of one row": (finalize, sums[0], None, None, None, None, None, 0.1, 0.0),
+        "stats in float16": (finalize, stats.half(), None, None, None, None, None, 0.1, 0.0),
+        "short running_mean": (finalize, stats, None, None, bn[0, :7], None, None, 0.1, 0.0),
+        "BN weight in float64": (finalize, stats, bn[0].double(), None, None, None, None, 0.1, 0.0),
+        "running_var with gaps": (finalize, stats, None, None, None, bn.t().contiguous()[:, 0], None, 0.1, 0.0),
+        "counter in float32": (finalize, stats, None, None, None, None, torch.tensor(0.0), 0.1, 0.0),
         "large kernel": (kernels.bn_relu_maxpool, z, bn, 17, 1, 1),
         "large padding": (kernels.bn_relu_maxpool, z, bn, 3, 1, 2),
         "no stride": (kernels.bn_relu_maxpool, z, bn, 3, 0, 1),

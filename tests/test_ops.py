@@ -81,10 +81,13 @@ def test_op_mutates_only_the_running_statistics_of_bn_finalize(op: str, engine: 
     declared = {3, 4, 5} if op == "bn_finalize" else set()
     for sample in samples_of(op):
         args = copy.deepcopy(sample.args)
+        versions = [arg._version if isinstance(arg, torch.Tensor) else None for arg in args]
         call(sample._replace(args=args))
-        for i, (before, after) in enumerate(zip(sample.args, args, strict=True)):
+        for i, (before, after, version) in enumerate(zip(sample.args, args, versions, strict=True)):
             if isinstance(before, torch.Tensor):
-                assert torch.equal(before, after) == (i not in declared), f"{sample.label}, argument {i}"
+                is_written = i in declared
+                assert torch.equal(before, after) != is_written, f"{sample.label}, argument {i}"
+                assert (after._version > version) == is_written, f"{sample.label}, argument {i}: autograd must know"
 
 
 @pytest.mark.parametrize("op", OPS)

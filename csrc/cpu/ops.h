@@ -15,6 +15,11 @@ using MaybeTensor = std::optional<Tensor>;
 
 Tensor channel_stats(const Tensor& z);
 
+// Moves the running statistics and the counter.
+Tensor bn_finalize(const Tensor& stats, const MaybeTensor& weight, const MaybeTensor& bias,
+                   const MaybeTensor& running_mean, const MaybeTensor& running_var,
+                   const MaybeTensor& num_batches_tracked, std::optional<double> momentum, double eps);
+
 Tensor scale_shift_add_relu(const Tensor& z, const Tensor& bn, const MaybeTensor& residual,
                             const MaybeTensor& residual_bn, bool relu);
 

@@ -42,7 +42,6 @@ class CPUEngine(Engine):
             return self.missing
         return None
 
-    bn_finalize = staticmethod(reference.bn_finalize)
     bn_constants = staticmethod(reference.bn_constants)
     bn_fold = staticmethod(reference.bn_fold)
     pointwise_stats = staticmethod(reference.pointwise_stats)
@@ -52,6 +51,22 @@ class CPUEngine(Engine):
     input_moments = staticmethod(kernels.input_moments)
     bn_relu_maxpool = staticmethod(kernels.bn_relu_maxpool)
     bn_relu_maxpool_backward = staticmethod(kernels.bn_relu_maxpool_backward)
+
+    @staticmethod
+    def bn_finalize(
+        stats: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        num_batches_tracked: Tensor | None,
+        momentum: float | None,
+        eps: float,
+    ) -> Tensor:
+        vectors = (weight, bias, running_mean, running_var)
+        are_native = native.missing is None and all(v is None or _is_dense(v, stats.dtype) for v in vectors)
+        finalize = kernels.bn_finalize if are_native else reference.bn_finalize
+        return finalize(stats, *vectors, num_batches_tracked, momentum, eps)
 
     def compile_live(self, chain: EvalChain[LiveConv], dtype: torch.dtype) -> EvalRun | None:
         convs = chain.all_convs
@@ -226,6 +241,10 @@ def _native_chain(
         return kernels.eval_chain(x, residual, weights, packed, flat, all_eps, geometry, *flags)
 
     return run
+
+
+def _is_dense(vector: Tensor, dtype: torch.dtype) -> bool:
+    return vector.dtype == dtype and vector.is_contiguous()
 
 
 def _is_native(x: Tensor, groups: int) -> bool:
