@@ -25,12 +25,16 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from fusedres import dispatch
 from fusedres.layout import BN_ROWS, STAT_ROWS, SUM_ROWS, acc_dtype, new_activation
 from fusedres.problem import out_size
 
 _library = torch.library.Library("fusedres", "DEF")
+
+#: Every op, by its name.
+OPS: dict[str, OpOverload] = {}
 
 
 def _register(schema: str) -> Callable[[Callable], Callable]:
@@ -41,7 +45,8 @@ def _register(schema: str) -> Callable[[Callable], Callable]:
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
         _library.impl(name, dispatch.caller(name), "CompositeExplicitAutograd")
         torch.library.register_fake(f"fusedres::{name}", fake, lib=_library)
-        return getattr(torch.ops.fusedres, name).default
+        OPS[name] = getattr(torch.ops.fusedres, name).default
+        return OPS[name]
 
     return bind
 
