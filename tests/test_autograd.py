@@ -85,7 +85,8 @@ def test_is_closed_wants_a_widening_pointwise_conv_with_batch_statistics_and_man
 
 
 @pytest.mark.parametrize(
-    ("width", "batch_size", "closed"), [(64, 1, True), (128, 8, True), (256, 8, False), (256, 128, True), (512, 8, False)]
+    ("width", "batch_size", "closed"),
+    [(64, 1, True), (128, 8, True), (256, 8, False), (256, 128, True), (512, 8, False)],
 )
 def test_units_are_closed_on_a_cpu_where_traffic_costs_more_than_the_products(
     width: int, batch_size: int, closed: bool
