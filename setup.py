@@ -202,7 +202,7 @@ def build_command(cuda_problem: str | None) -> type[build_ext]:
                 self.extensions: list[Extension] = []  # no outputs to collect
 
         def _run_at_least_for_cpu(self) -> None:
-            (library,), compiler = self.extensions, self.compiler
+            (library,) = self.extensions
             try:
                 super().run()
             except Exception as error:
@@ -210,7 +210,7 @@ def build_command(cuda_problem: str | None) -> type[build_ext]:
                     raise
                 tell_not_built("THE CUDA KERNELS WERE", error, "GPUs run Triton's kernels")
                 vars(library).update(vars(native_library(with_cuda=False)))
-                self.compiler = compiler  # its name; the run made an object of it
+                self.compiler = None  # the default one; the run made an object of what was a name
                 super().run()
 
     return BuildNative

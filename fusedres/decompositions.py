@@ -6,12 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._ops import OpOverload
 
 from fusedres import ops, reference
 
 
-def decompositions() -> dict[OpOverload, Callable[..., Any]]:
+def decompositions() -> dict[Any, Callable[..., Any]]:
     """What ``torch.export`` decomposes by default, and every functional op of fusedres.
 
     ``torch.export.export(model.eval(), (x,)).run_decompositions(fusedres.decompositions())`` is a program of ATen's ops
