@@ -55,7 +55,7 @@ torches:
 	$(MAKE) VENV=.venv-newest test
 
 dist-check: $(VENV)/.test-$(TORCH_TAG)
-	$(BIN)/python -m pytest tests/dist $(PYTEST)
+	$(BIN)/python -m pytest tests/archives $(PYTEST)
 
 # Takes the environment it is given where GPU=python-of-it says so: nothing is installed then, nothing downloaded.
 GPU ?=
