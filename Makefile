@@ -4,7 +4,7 @@
 #   make test             the test suite;  TORCH=2.11.0 with another torch, JOBS=1 processes, PYTEST=... more options
 #   make triton           the Triton kernels: tests under the interpreter, then compiled for three architectures
 #   make torches          the oldest torch that is served and the newest: test suites, native libraries swapped between them
-#   make dist-check       archives built and installed into clean environments: no compiler, no ninja, another CUDA, ...
+#   make dist-check       archives built and installed into clean environments: no compiler, no torch, another CUDA
 #   make gpu              on a machine with a GPU: the kernels' tests on it, compute-sanitizer, benchmarks
 #   make lint types       formatting, lint and types
 #   make clean            remove everything these targets made
