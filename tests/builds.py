@@ -71,8 +71,18 @@ def small_tree(to: Path, cuda: bool = False) -> Path:
 
 
 def plain_environ(**changes: str) -> dict[str, str]:
-    """This process's environment without what steers a build, and with the programs of its Python on PATH."""
-    steering = ("FUSEDRES_", "MAX_JOBS", "CXX", "CC", "FORCE_CUDA", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_PATH")
+    """This process's environment without what steers builds or imports, and with the programs of its Python on PATH."""
+    steering = (
+        "FUSEDRES_",
+        "MAX_JOBS",
+        "CXX",
+        "CC",
+        "FORCE_CUDA",
+        "TORCH_CUDA_ARCH_LIST",
+        "CUDA_HOME",
+        "CUDA_PATH",
+        "PYTHON",
+    )
     kept = {name: value for name, value in os.environ.items() if not name.startswith(steering)}
     kept["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", os.defpath)])
     return {**kept, **changes}
