@@ -66,7 +66,7 @@ def trace(owner: nn.Module, forward: Callable[..., Any], inputs: int) -> Trace:
             for _, then in before:
                 then.restore()
         frames.look_at_classes(tracer.relied)
-        refusal = tracer.refusal or frames.refusal or refusal
+        refusal = frames.refusal or tracer.refusal or refusal
         others = tuple((module, Structure.of(module)) for module in tracer.relied if module is not owner)
         graph = None if refusal else graph
         return Trace(graph, tracer.result, refusal, Structure.of(owner), others, tuple(frames.constants))
