@@ -3,6 +3,8 @@
 #   make run              measure this machine: fusedres bench, results under runs/
 #   make test             the test suite;  TORCH=2.11.0 with another torch, JOBS=1 processes, PYTEST=... more options
 #   make triton           the Triton kernels: tests under the interpreter, then compiled for three architectures
+#   make torches          the oldest torch that is served and the newest: test suites, native libraries swapped between them
+#   make dist-check       archives built and installed into clean environments: no compiler, no torch, another CUDA
 #   make gpu              on a machine with a GPU: the kernels' tests on it, compute-sanitizer, benchmarks
 #   make lint types       formatting, lint and types
 #   make clean            remove everything these targets made
@@ -20,7 +22,7 @@ NATIVE := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp cs
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test triton gpu lint types clean
+.PHONY: run test triton torches dist-check gpu lint types clean
 
 run: $(VENV)/.run-$(TORCH_TAG)
 	mkdir -p runs
@@ -38,6 +40,22 @@ triton: $(VENV)/.test-$(TORCH_TAG)
 	TRITON_INTERPRET=1 $(RUN_TESTS) tests/triton $(PYTEST)
 	TRITON_INTERPRET=1 $(RUN_TESTS) tests/field -m kernel $(PYTEST)
 	$(RUN_TESTS) tests/triton_compile $(PYTEST)
+
+# Each torch in an environment of its own. The library lies in the checkout: whoever built it last is tested with both.
+OLDEST := 2.11.0
+BUILD_NATIVE = FUSEDRES_REQUIRE_NATIVE=1 $(1)/bin/python setup.py -q build_ext --inplace --force
+TEST_NATIVE  = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest --numprocesses $(JOBS) $(wildcard tests/test_native*.py) $(PYTEST)
+torches:
+	$(MAKE) VENV=.venv-newest .venv-newest/.test-torch-newest
+	$(MAKE) VENV=.venv-oldest TORCH=$(OLDEST) test triton
+	$(call BUILD_NATIVE,.venv-oldest)
+	$(call TEST_NATIVE,.venv-newest)
+	$(call BUILD_NATIVE,.venv-newest)
+	$(call TEST_NATIVE,.venv-oldest)
+	$(MAKE) VENV=.venv-newest test
+
+dist-check: $(VENV)/.test-$(TORCH_TAG)
+	$(BIN)/python -m pytest tests/archives $(PYTEST)
 
 # Takes the environment it is given where GPU=python-of-it says so: nothing is installed then, nothing downloaded.
 GPU ?=
@@ -60,15 +78,15 @@ $(VENV)/.run-$(TORCH_TAG) $(VENV)/.test-$(TORCH_TAG) $(VENV)/.lint-$(TORCH_TAG):
 	$(BIN)/pip install --quiet --no-build-isolation $(if $(TORCH),"torch==$(TORCH)") --editable '.[$(EXTRAS)]'
 	touch $@
 
-# Another torch than before makes every other stamp wrong.
+# Another torch than before makes every other stamp wrong. The interpreter of older Tritons fails with NumPy 2.4.
 $(VENV)/.$(TORCH_TAG): | $(BIN)/pip
 	rm -f $(VENV)/.run-* $(VENV)/.test-* $(VENV)/.lint-* $(VENV)/.torch-*
-	$(BIN)/pip install --quiet "torch$(if $(TORCH),==$(TORCH))" 'setuptools>=77' wheel ninja
+	$(BIN)/pip install --quiet "torch$(if $(TORCH),==$(TORCH))" $(if $(TORCH),'numpy<2.4') 'setuptools>=77' wheel ninja
 	touch $@
 
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info fusedres/_native*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis
+	rm -rf .venv* build dist *.egg-info fusedres/_native*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

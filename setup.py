@@ -6,7 +6,6 @@ the compilers run at once, FORCE_CUDA=1 or TORCH_CUDA_ARCH_LIST build csrc/cuda 
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
@@ -20,19 +19,20 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11: the oldest torch the library runs with, whichever it is built by
+OLDEST_TORCH = (2, 11)  # that the library runs with, whichever it is built by
+TORCH_TARGET_VERSION = "0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH)
 DEFAULT_CUDA_ARCHS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 CXX_FLAGS = ("-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-psabi")
 BYTES_PER_JOB = 2 << 30
 
 NO_TORCH = (
-    "fusedres: building needs torch>=2.11 in this environment: install it first, or leave out --no-build-isolation,"
-    " or set FUSEDRES_NO_NATIVE=1 for an install without the native library."
+    "fusedres: building needs torch>=2.11 in this environment ({reason}): install it first, or leave out"
+    " --no-build-isolation, or set FUSEDRES_NO_NATIVE=1 for an install without the native library."
 )
-BUILD_FAILED = """
+NOT_BUILT = """
 {line}
-fusedres: THE NATIVE LIBRARY WAS NOT BUILT: {error}
-The install goes on without it: everything works, CPU kernels run through plain PyTorch.
+fusedres: {what} NOT BUILT: {error}
+The install goes on without: everything works, {instead}.
 `fusedres info` tells which engines are there; FUSEDRES_REQUIRE_NATIVE=1 makes this an error.
 {line}
 """
@@ -98,27 +98,51 @@ def wants_cuda(environ: Mapping[str, str], gpu_visible: bool) -> bool:
     return gpu_visible or flag("FORCE_CUDA", environ) or bool(environ.get("TORCH_CUDA_ARCH_LIST"))
 
 
+def cuda_mismatch(toolkit: Path, torch_cuda: str) -> str | None:
+    """Why the toolkit cannot build for a torch of CUDA ``torch_cuda``, or None: they must agree in the first number."""
+    nvcc = toolkit / "bin" / "nvcc"
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    release = re.search(r"release (\d+)\.\d+", version)
+    if release is None or release[1] == torch_cuda.partition(".")[0]:
+        return None
+    return f"{nvcc} is of CUDA {release[0].split()[1]}, torch of CUDA {torch_cuda}"
+
+
 def sources(pattern: str) -> list[str]:
     return sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob(pattern))
 
 
-def native_library() -> Extension:
-    """The extension ``fusedres._native``: csrc/cpu, and csrc/cuda where it is wanted and can be built."""
+def chosen_toolkit() -> tuple[Path | None, str | None]:
+    """The CUDA toolkit to build csrc/cuda with, if any; and what stands against it where it was asked for."""
     import torch
 
-    cuda_sources, gpu_visible = sources("csrc/cuda/*.cu"), torch.cuda.is_available()
-    wanted = cuda_sources and torch.version.cuda and wants_cuda(os.environ, gpu_visible)
-    toolkit = cuda_toolkit(os.environ) if wanted else None
-    if toolkit is not None:
-        os.environ["CUDA_HOME"] = str(toolkit)  # read when torch.utils.cpp_extension is first imported
-        if archs := cuda_archs(os.environ, toolkit, gpu_visible):
-            os.environ["TORCH_CUDA_ARCH_LIST"] = archs
+    gpu_visible = torch.cuda.is_available()
+    if not wants_cuda(os.environ, gpu_visible):
+        return None, None
+    toolkit = cuda_toolkit(os.environ)
+    if not torch.version.cuda:
+        problem: str | None = f"torch {torch.__version__} is without CUDA"
+    elif toolkit is None:
+        problem = "there is no nvcc, neither under CUDA_HOME nor on PATH"
+    else:
+        problem = cuda_mismatch(toolkit, torch.version.cuda)
+    if toolkit is None or problem is not None:
+        return None, problem if wants_cuda(os.environ, gpu_visible=False) else None
+    os.environ["CUDA_HOME"] = str(toolkit)  # read when torch.utils.cpp_extension is first imported
+    if archs := cuda_archs(os.environ, toolkit, gpu_visible):
+        os.environ["TORCH_CUDA_ARCH_LIST"] = archs
+    return toolkit, None
+
+
+def native_library(with_cuda: bool) -> Extension:
+    """The extension ``fusedres._native``: csrc/cpu, and csrc/cuda where it can be built."""
     from torch.utils import cpp_extension
 
-    defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", *(["-DUSE_CUDA"] if toolkit else [])]
+    defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", *(["-DUSE_CUDA"] if with_cuda else [])]
+    patterns = ["csrc/registration.cpp", "csrc/cpu/*.cpp", *(["csrc/cuda/*.cu"] if with_cuda else [])]
     options: dict[str, Any] = {
         "name": "fusedres._native",
-        "sources": ["csrc/registration.cpp", *sources("csrc/cpu/*.cpp"), *(cuda_sources if toolkit else [])],
+        "sources": [source for pattern in patterns for source in sources(pattern)],
         "depends": sources("csrc/**/*.h"),
         "include_dirs": [str(ROOT.resolve() / "csrc")],  # absolute: ninja runs elsewhere
         "extra_compile_args": {
@@ -128,30 +152,66 @@ def native_library() -> Extension:
         "extra_link_args": ["-Wl,-s"] if sys.platform.startswith("linux") else [],
         "py_limited_api": True,
     }
-    return (cpp_extension.CUDAExtension if toolkit else cpp_extension.CppExtension)(**options)
+    return (cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension)(**options)
+
+
+def torch_reason() -> str | None:
+    """Why there is no torch here to build with, or None."""
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return str(error)
+    is_too_old = tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < OLDEST_TORCH
+    return f"torch is {torch.__version__}" if is_too_old else None
 
 
 class MissingTorch(build_ext):
-    """Stands in where torch cannot be imported: metadata and sdist work, a build says what is needed."""
+    """Stands in where there is no torch to build with: metadata and sdist work, a build says what is needed."""
 
     def run(self) -> None:
-        sys.exit(NO_TORCH)
+        sys.exit(NO_TORCH.format(reason=torch_reason()))
 
 
-def build_command() -> type[build_ext]:
-    """torch's build_ext, except that its failure costs the native library and not the install."""
+def tell_not_built(what: str, error: object, instead: str) -> None:
+    """Say loudly what the install goes on without."""
+    print(NOT_BUILT.format(line="*" * 100, what=what, error=error, instead=instead), file=sys.stderr, flush=True)
+
+
+def build_command(cuda_problem: str | None) -> type[build_ext]:
+    """torch's build_ext, except that a failure costs what cannot be built and not the install.
+
+    ``cuda_problem``: why the CUDA kernels that were asked for cannot even be tried.
+    """
     from torch.utils.cpp_extension import BuildExtension
+
+    is_fatal = flag("FUSEDRES_REQUIRE_NATIVE")
 
     class BuildNative(BuildExtension):
         def run(self) -> None:
+            os.environ["MAX_JOBS"] = str(max_jobs(os.environ, available_memory(), available_cores()))
+            if cuda_problem is not None:
+                if is_fatal:
+                    sys.exit(f"fusedres: the CUDA kernels cannot be built: {cuda_problem}")
+                tell_not_built("THE CUDA KERNELS WERE", cuda_problem, "GPUs run Triton's kernels")
             try:
-                os.environ["MAX_JOBS"] = str(max_jobs(os.environ, available_memory(), available_cores()))
+                self._run_at_least_for_cpu()
+            except Exception as error:
+                if is_fatal:
+                    raise
+                tell_not_built("THE NATIVE LIBRARY WAS", error, "CPU kernels run through plain PyTorch")
+                self.extensions: list[Extension] = []  # no outputs to collect
+
+        def _run_at_least_for_cpu(self) -> None:
+            (library,) = self.extensions
+            try:
                 super().run()
             except Exception as error:
-                if flag("FUSEDRES_REQUIRE_NATIVE"):
+                if is_fatal or not any(source.endswith(".cu") for source in library.sources):
                     raise
-                print(BUILD_FAILED.format(line="*" * 100, error=error), file=sys.stderr, flush=True)
-                self.extensions: list[Extension] = []  # no outputs to collect
+                tell_not_built("THE CUDA KERNELS WERE", error, "GPUs run Triton's kernels")
+                vars(library).update(vars(native_library(with_cuda=False)))
+                self.compiler = None  # the default one; the run made an object of what was a name
+                super().run()
 
     return BuildNative
 
@@ -161,10 +221,12 @@ def native_options() -> dict[str, Any]:
     if flag("FUSEDRES_NO_NATIVE"):
         return {}
     options = {"bdist_wheel": {"py_limited_api": "cp310"}}
-    if importlib.util.find_spec("torch") is None:
+    if torch_reason() is not None:
         placeholder = Extension("fusedres._native", sources=[])
         return {"ext_modules": [placeholder], "cmdclass": {"build_ext": MissingTorch}, "options": options}
-    return {"ext_modules": [native_library()], "cmdclass": {"build_ext": build_command()}, "options": options}
+    toolkit, problem = chosen_toolkit()
+    library = native_library(with_cuda=toolkit is not None)
+    return {"ext_modules": [library], "cmdclass": {"build_ext": build_command(problem)}, "options": options}
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from fusedres.cifar import (
     cifar_resnet1202,
 )
 from fusedres.conversion import NotFusedError, fuse, unfuse
+from fusedres.decompositions import decompositions
 from fusedres.dispatch import engine
 from fusedres.explain import explain
 from fusedres.folding import freeze
@@ -60,6 +61,7 @@ __all__ = [
     "cifar_resnet56",
     "cifar_resnet110",
     "cifar_resnet1202",
+    "decompositions",
     "engine",
     "explain",
     "freeze",

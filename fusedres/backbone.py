@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fusedres import functional
+from fusedres.inspection import is_transformed
 from fusedres.layout import channels_last
 
 _SHARED_CFG: dict[str, Any] = {
@@ -148,7 +149,7 @@ class Backbone(nn.Module):
         stages = self._stages()[: max(taken) if stop_early else None]
         maps = []
         if 0 in taken:
-            x = functional.conv_bn_relu(channels_last(x), self.conv1, self.bn1, self.relu)
+            x = functional.conv_bn_relu(x if is_transformed() else channels_last(x), self.conv1, self.bn1, self.relu)
             maps.append(x)
             x = x if self.maxpool is None else self.maxpool(x)
         else:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fusedres import autocast, dispatch, native, ops
 from fusedres.engines import ConvT, Engine, EvalChain, EvalRun, FoldedConv, LiveConv
 from fusedres.guards import Guard, all_hold
-from fusedres.inspection import checked_module, is_traced
+from fusedres.inspection import checked_module, is_traced, is_transformed
 from fusedres.layout import acc_dtype
 from fusedres.specs import ChainSpec, PoolSpec, UnitSpec
 
@@ -173,7 +173,7 @@ def remember(
 
 def _may_recall(x: Tensor) -> bool:
     """Under autocast only an input of its dtype enters a chain as it is."""
-    is_recorded = torch.compiler.is_compiling() or is_traced()
+    is_recorded = torch.compiler.is_compiling() or is_traced() or is_transformed()
     return not (torch.is_grad_enabled() or is_recorded) and x.dtype == autocast.compute_dtype(x)
 
 

@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from fusedres import autocast, folding
 from fusedres.autograd import chain, stem_chain
 from fusedres.distributed import sync_group
-from fusedres.inspection import batch_norm_reason, conv_reason, plain_reason, pool_reason, recorder_reason
+from fusedres.inspection import (
+    batch_norm_reason,
+    conv_reason,
+    is_transformed,
+    plain_reason,
+    pool_reason,
+    recorder_reason,
+)
 from fusedres.layout import channels_last
 from fusedres.problem import Pair, as_pair, out_size
 from fusedres.specs import ChainSpec, Memory, PoolSpec, Residual, UnitSpec, UnitTensors
@@ -238,7 +245,7 @@ def stem(x: Tensor, conv: nn.Conv2d, bn: nn.Module, relu: nn.Module, maxpool: nn
     network behind it stays so.
     """
     pair, activations = ConvBN(conv, bn), [relu, maxpool]
-    if not _is_fusable_input(x, [pair]):
+    if is_transformed() or not _is_fusable_input(x, [pair]):
         return maxpool(conv_bn_relu(x, conv, bn, relu))
     x = channels_last(x)
     recalled = folding.recall(x, [pair], None, True, activations)

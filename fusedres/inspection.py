@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as _module_globals
 
 from fusedres.problem import as_pair
@@ -59,13 +60,23 @@ def is_traced() -> bool:
     return torch.jit.is_tracing()  # type: ignore[attr-defined]  # torch.jit does export it
 
 
+@torch.compiler.assume_constant_result
+def is_transformed() -> bool:
+    """Whether ``torch.func`` or forward-mode AD follows op by op what is called now."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
 def recorder_reason() -> str | None:
-    """Why the modules must run one by one for whoever records this call, or None.
+    """Why the modules must run one by one for whoever records or transforms this call, or None.
 
     TorchScript and ONNX know no fused ops; what they record must be ATen's, on parameters and not on folded copies.
+    Fused ops have neither batching rules nor tangents, and gradients of theirs none of their own: a transform would
+    lose what it follows, unseen.
     """
     if is_traced():
         return "TorchScript records the call"
+    if is_transformed():
+        return "torch.func or forward-mode AD follows the call"
     if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
         return "ONNX records the call"
     return None

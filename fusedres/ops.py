@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.autograd.graph import increment_version
 
 from fusedres import dispatch
@@ -33,6 +34,9 @@ from fusedres.layout import BN_ROWS, STAT_ROWS, SUM_ROWS, acc_dtype, new_activat
 from fusedres.problem import out_size
 
 _library = torch.library.Library("fusedres", "DEF")
+
+#: Every op, by its name.
+OPS: dict[str, OpOverload] = {}
 
 
 def _register(schema: str) -> Callable[[Callable], Callable]:
@@ -46,6 +50,7 @@ def _register(schema: str) -> Callable[[Callable], Callable]:
         call = dispatch.caller(name)
         _library.impl(name, _versioned(call, written) if written else call, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fusedres::{name}", fake, lib=_library)
+        OPS[name] = op
         return op
 
     return bind

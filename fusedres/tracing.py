@@ -13,13 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
-from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedres.frames import CONSTANTS, Constant, Frames
 from fusedres.guards import Structure
-from fusedres.inspection import has_global_hooks, is_batch_norm, is_traced, plain_reason
+from fusedres.inspection import has_global_hooks, is_batch_norm, is_traced, is_transformed, plain_reason
 from fusedres.norm_act import is_norm_act
 
 _lock = threading.RLock()  # torch.fx patches nn.Module while it traces
@@ -67,7 +66,7 @@ def trace(owner: nn.Module, forward: Callable[..., Any], inputs: int) -> Trace:
             for _, then in before:
                 then.restore()
         frames.look_at_classes(tracer.relied)
-        refusal = tracer.refusal or frames.refusal or refusal
+        refusal = frames.refusal or tracer.refusal or refusal
         others = tuple((module, Structure.of(module)) for module in tracer.relied if module is not owner)
         graph = None if refusal else graph
         return Trace(graph, tracer.result, refusal, Structure.of(owner), others, tuple(frames.constants))
@@ -172,10 +171,4 @@ class _NoTensors(TorchDispatchMode):
 
 def is_recorded() -> bool:
     """Whether what is called now is recorded, transformed or looked at call by call; nothing may be replaced then."""
-    return (
-        torch.compiler.is_compiling()
-        or is_traced()
-        or has_global_hooks()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-    )
+    return torch.compiler.is_compiling() or is_traced() or has_global_hooks() or is_transformed()

@@ -148,15 +148,6 @@ def test_bottleneck_saves_what_the_budget_says() -> None:
     assert measure.saved_bytes(eager, x) >= 12 * u
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_second_derivative_is_refused(training: bool, engine: str) -> None:
-    block = FusedBottleneck(4, 1).double().train(training)
-    x = batch(2, 4, 3, 3, dtype=double).requires_grad_()
-    (g,) = torch.autograd.grad(block(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        g.square().sum().backward()
-
-
 @pytest.mark.parametrize("kind", [FusedBasicBlock, FusedBottleneck])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_expanded_and_sliced_output_gradients_are_read_right_and_left_alone(

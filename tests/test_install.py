@@ -1,20 +1,15 @@
-"""The build's own decisions: where CUDA lives, for which GPUs, with how many compilers; and one real install."""
+"""The decisions of the build: where CUDA lives, for which GPUs, with how many compilers (tests/field has builds)."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
-import stat
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from builds import ROOT, load_setup, script, toolkit
 
-ROOT = Path(__file__).parent.parent
 GIB = 1 << 30
 
 
@@ -22,27 +17,7 @@ GIB = 1 << 30
 def build() -> ModuleType:
     """setup.py as a module."""
     pytest.importorskip("setuptools", reason="needs setuptools")
-    spec = importlib.util.spec_from_file_location("fusedres_setup", ROOT / "setup.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def script(path: Path, body: str) -> Path:
-    """An executable shell script."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/sh\n{body}\n")
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    return path
-
-
-def toolkit(root: Path, archs: str = "") -> Path:
-    """A CUDA toolkit whose nvcc answers --dryrun as the real one does: on the error stream, through its own bin."""
-    dryrun = f'echo "#$ _HERE_={root}/bin" >&2; echo "#$ TOP={root}/bin/.." >&2'
-    script(root / "bin" / "nvcc", f'case "$1" in --dryrun) {dryrun};; --list-gpu-arch) echo {archs};; esac')
-    return root
+    return load_setup()
 
 
 @pytest.mark.parametrize(
@@ -117,7 +92,7 @@ def test_cuda_is_built_for_a_visible_gpu_or_on_demand(build: ModuleType) -> None
 
 
 def test_library_targets_the_oldest_supported_torch_from_every_source(build: ModuleType) -> None:
-    library = build.native_library()
+    library = build.native_library(with_cuda=False)
     assert (library.name, library.py_limited_api) == ("fusedres._native", True)
     assert "-DTORCH_TARGET_VERSION=0x020b000000000000" in library.extra_compile_args["cxx"]
     assert not any("march" in flag for flag in library.extra_compile_args["cxx"])
@@ -127,44 +102,3 @@ def test_library_targets_the_oldest_supported_torch_from_every_source(build: Mod
 def test_no_native_builds_nothing(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSEDRES_NO_NATIVE", "1")
     assert build.native_options() == {}
-
-
-def source_tree(to: Path) -> Path:
-    """A copy of what a build reads, small enough to compile in seconds where ``broken`` is added to it."""
-    for name in ("csrc", "fusedres", "kernels"):
-        shutil.copytree(ROOT / name, to / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    for name in ("setup.py", "pyproject.toml", "LICENSE"):
-        shutil.copy(ROOT / name, to)
-    return to
-
-
-def wheel_of(tree: Path, **environ: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", "wheels", "."]
-    asked = {name: value for name, value in os.environ.items() if not name.startswith("FUSEDRES_")}
-    environment = {**asked, **environ}
-    return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
-
-
-@pytest.mark.slow
-def test_failed_build_costs_the_library_and_not_the_install(tmp_path: Path) -> None:
-    tree = source_tree(tmp_path / "tree")
-    shutil.rmtree(tree / "csrc" / "cpu")
-    (tree / "csrc" / "registration.cpp").write_text("this is not C++\n")
-    fatal = wheel_of(tree, FUSEDRES_REQUIRE_NATIVE="1")
-    assert fatal.returncode != 0
-    done = wheel_of(tree)
-    assert done.returncode == 0, done.stderr
-    (wheel,) = (tree / "wheels").glob("fusedres-*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {"fusedres/ops.py", "fusedres/kernels/__init__.py", "fusedres/py.typed"} <= set(names)
-    assert not any(name.startswith("kernels/") or name.endswith(".so") for name in names)
-
-
-@pytest.mark.slow
-def test_build_yields_one_library_for_every_python(tmp_path: Path) -> None:
-    tree = source_tree(tmp_path / "tree")
-    done = wheel_of(tree, FUSEDRES_REQUIRE_NATIVE="1")
-    assert done.returncode == 0, done.stderr
-    (wheel,) = (tree / "wheels").glob("fusedres-*.whl")
-    assert "-cp310-abi3-" in wheel.name
-    assert [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")] == ["fusedres/_native.abi3.so"]

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fusedres import autocast, dispatch, ops
 from fusedres.autograd.backward import ChainBackward
 from fusedres.autograd.needs import ChainNeeds, Kept, UnitNeeds
+from fusedres.autograd.once import refuse_followers
 from fusedres.autograd.unit import (
     Operand,
     ParameterDtypes,
@@ -143,8 +143,8 @@ class ChainFunction(torch.autograd.Function):
         ctx.save_for_backward(x if ctx.needs.reads_x else None, y if ctx.spec.relu else None, *parameters, *saved)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        refuse_followers()
         if dy is None:
             return (None,) * len(ctx.needs_input_grad)
         with dispatch.as_in_forward(ctx.spec.engine), autocast.suspended(dy.device.type):

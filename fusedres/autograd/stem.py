@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fusedres import autocast, dispatch, ops
 from fusedres.autograd.needs import UnitNeeds
+from fusedres.autograd.once import refuse_followers
 from fusedres.autograd.unit import (
     Operand,
     ParameterDtypes,
@@ -71,8 +71,8 @@ class StemFunction(torch.autograd.Function):
         ctx.save_for_backward(x if ctx.needs.w else None, t.w if ctx.needs.input else None, *saved)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        refuse_followers()
         if dy is None:
             return (None,) * len(ctx.needs_input_grad)
         x, w, tap, z, bn = ctx.saved_tensors
