@@ -16,7 +16,18 @@ import torch
 from torch import nn
 
 from fusedres.cli import common, console, environment, recipe
-from fusedres.training import CHECKPOINT, Data, History, Settings, fit, open_data, record, save_checkpoint, workers
+from fusedres.training import (
+    CHECKPOINT,
+    Data,
+    History,
+    Settings,
+    described_state,
+    fit,
+    open_data,
+    record,
+    save_checkpoint,
+    workers,
+)
 
 HELP = "train a network; resumable, also under torchrun"
 
@@ -56,7 +67,7 @@ def _train(args: argparse.Namespace, device: torch.device) -> int:
             on_epoch=_reporter(args, settings),
         )
     if workers.is_first():
-        _finish(args, settings, model, history)
+        _finish(args, settings, data, model, history)
     return 0
 
 
@@ -90,9 +101,9 @@ def _reporter(args: argparse.Namespace, settings: Settings) -> Callable[[History
     return report
 
 
-def _finish(args: argparse.Namespace, settings: Settings, model: nn.Module, history: History) -> None:
+def _finish(args: argparse.Namespace, settings: Settings, data: Data, model: nn.Module, history: History) -> None:
     """The weights, the curve and a last line."""
-    save_checkpoint(model.state_dict(), args.out / "model.pt")
+    save_checkpoint(described_state(model, settings, data), args.out / "model.pt")
     if not history.epochs:
         print(f"stopped after {len(history.loss)} steps, before the end of an epoch")
         return
