@@ -83,7 +83,7 @@ def test_errors_are_those_of_the_checkpoints(whole: Path) -> None:
         assert float(row["test_error"]) == pytest.approx(1 - last["test_accuracy"], abs=1e-6)
 
 
-# What is replaced: each epoch's checkpoint (8), then the CSV file, the JSON file, the figure.
+# What is replaced: each epoch's checkpoint (8), then the figure, the CSV file, the JSON file.
 @pytest.mark.parametrize(
     "moment", [1, 4, 6, 10], ids=["nothing saved", "second net", "third net", "results half written"]
 )

@@ -169,8 +169,8 @@ def _report_learning(args: argparse.Namespace, settings: dict[str, Settings], hi
     console.table(f"final errors: means of the last {epochs} epochs", columns, rows)
     for family in learning.FAMILIES:
         print(learning.verdict(family, nets))
-    _write(args, settings, nets, learning.rows(histories))
     learning.draw(histories, _caption(args, settings), _figure(args))
+    _write(args, settings, nets, learning.rows(histories))
 
 
 def _report_costs(
@@ -191,8 +191,8 @@ def _report_costs(
             for name, net in nets.items()
         ],
     )
-    _write(args, settings, nets, [{"net": name, **net} for name, net in nets.items()])
     costs.draw(nets, _caption(args, settings), _figure(args))
+    _write(args, settings, nets, [{"net": name, **net} for name, net in nets.items()])
 
 
 def _percent(error: float | None) -> str:

@@ -42,11 +42,6 @@ def final_epochs(epochs: int) -> int:
     return max(1, epochs // 10)
 
 
-def seconds_of(history: History) -> float:
-    """How long the training steps took."""
-    return sum(row["seconds"] for row in history.epochs)
-
-
 def family_of(net: str) -> str:
     """A key of ``FAMILIES``."""
     return "plain" if "plain" in net else "residual"
