@@ -51,13 +51,19 @@ def measured(args: argparse.Namespace, nets: Sequence[str], device: torch.device
     with console.progress("measuring", len(names)) as advance:
         for done, net in enumerate(names):
             advance(done, net)
-            path = common.writable_folder(args.out / net) / COST
-            kept = _read(path)
-            if kept.get("conditions") != conditions:
-                kept = {"conditions": conditions, "cost": {**size(net, args.cost_size), **_measure(args, net, device)}}
-                write_atomically(path, lambda file, kept=kept: file.write(json.dumps(kept, indent=1).encode()))
-            costs[net] = kept["cost"]
+            costs[net] = _cost(args, net, device, conditions)
     return costs
+
+
+def _cost(args: argparse.Namespace, net: str, device: torch.device, conditions: dict[str, Any]) -> dict[str, Any]:
+    path = common.writable_folder(args.out / net) / COST
+    kept = _read(path)
+    if kept.get("conditions") == conditions:
+        return kept["cost"]
+    cost = {**size(net, args.cost_size), **_measure(args, net, device)}
+    record = json.dumps({"conditions": conditions, "cost": cost}, indent=1).encode()
+    write_atomically(path, lambda file: file.write(record))
+    return cost
 
 
 def cells(cost: Mapping[str, Any]) -> tuple[str, ...]:
@@ -120,7 +126,7 @@ def draw(nets: Mapping[str, Mapping[str, Any]], title: str, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = {
+    panels: dict[str, dict[str, tuple[str, float]]] = {
         "error (%)": {"training": ("train_error", 100), "test": ("test_error", 100)},
         "time a picture (ms)": {"training step": ("train_seconds", 1e3), "inference": ("eval_seconds", 1e3)},
         "kept for backward (MB a picture)": {"activations": ("saved_bytes", 1e-6)},

@@ -44,7 +44,7 @@ EXPERIMENTS = {
         "20 against 56 layers, plain and residual",
         ("cifar_plain20", "cifar_plain56", "cifar_resnet20", "cifar_resnet56"),
         8,
-        Recipe(300, 128, 0.1),
+        Recipe(200, 128, 0.1),
     ),
     "plain-vs-residual": Experiment(
         "18 against 34 layers, plain and residual",
@@ -122,10 +122,15 @@ def _train(
                 folder,
                 resume=args.resume and (folder / CHECKPOINT).exists(),
                 loader_workers=args.workers,
-                on_step=lambda step, net=net, before=before: advance(before + step, net),
+                on_step=_mover(advance, before, net),
                 on_epoch=_reporter(one),
             )
     return histories
+
+
+def _mover(advance: console.Advance, before: int, net: str) -> Callable[[int], None]:
+    """What to do after a step: move the bar, which stood at ``before`` when ``net`` began."""
+    return lambda step: advance(before + step, net)
 
 
 def _reporter(settings: Settings) -> Callable[[History], None]:

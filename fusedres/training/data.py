@@ -157,7 +157,7 @@ def _digits(size: int, seed: int) -> Data:
         Pictures(_Tensors(pictures[train], targets[train]), shift, seed),
         Pictures(_Tensors(pictures[test], targets[test]), _identity),
         10,
-        _preprocessing(size, size, [mean / INK] * 3, [std / INK] * 3),
+        _preprocessing(size, size, [float(mean) / INK] * 3, [float(std) / INK] * 3),
     )
 
 
