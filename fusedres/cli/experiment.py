@@ -44,7 +44,7 @@ EXPERIMENTS = {
         "20 against 56 layers, plain and residual",
         ("cifar_plain20", "cifar_plain56", "cifar_resnet20", "cifar_resnet56"),
         8,
-        Recipe(200, 128, 0.1),
+        Recipe(80, 64, 0.1),
     ),
     "plain-vs-residual": Experiment(
         "18 against 34 layers, plain and residual",
