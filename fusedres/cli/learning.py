@@ -12,6 +12,7 @@ from fusedres.training.checkpoint import write_atomically
 
 Errors = dict[str, float]  # "train_error" and "test_error", 0 to 1
 
+TICKS = (0, 0.1, 1, 10, 100)  # per cent
 FAMILIES = {"plain": ("#e8a090", "#b3261e"), "residual": ("#8fb8de", "#12507b")}  # colours: shallow, deep
 
 
@@ -76,7 +77,9 @@ def draw(histories: Mapping[str, History], title: str, path: Path) -> None:
         axes.grid(alpha=0.3, which="both")
         axes.legend(frameon=False, fontsize=8)
     panels[0].set_ylabel("error (%)")
-    panels[0].set_yscale("log")
+    panels[0].set_yscale("symlog", linthresh=TICKS[1], linscale=0.3)  # a log axis that has a 0
+    panels[0].set_ylim(0, TICKS[-1])
+    panels[0].set_yticks(TICKS, map(str, TICKS))
     figure.suptitle(title, fontsize=10)
     write_atomically(path, lambda file: figure.savefig(file, dpi=130, format="png"))
     pyplot.close(figure)
@@ -85,7 +88,7 @@ def draw(histories: Mapping[str, History], title: str, path: Path) -> None:
 def _draw_net(axes: Any, net: str, history: History, color: str) -> None:
     steps = [row["step"] for row in history.epochs]
     for split, style in (("train", "--"), ("test", "-")):
-        percent = [100 * _errors(row)[f"{split}_error"] or None for row in history.epochs]  # a log axis has no 0
+        percent = [100 * _errors(row)[f"{split}_error"] for row in history.epochs]
         name = f"{networks.depth_of(net)} layers, {'training' if split == 'train' else split}"
         axes.plot(steps, percent, style, color=color, linewidth=0.8 if split == "train" else 1.3, label=name)
 
