@@ -91,9 +91,9 @@ def fuses_prologue(op: str, device_type: str, dtype: torch.dtype) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def closes_units(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether the engine of the convs lets a unit run without storing its conv's output."""
-    return choose("conv_fprop", device_type, dtype).engine.closes_units
+def flops_per_byte(device_type: str, dtype: torch.dtype) -> int:
+    """What the engine of the convs would do for a byte less of traffic; 0 where it stores every conv's output."""
+    return choose("conv_fprop", device_type, dtype).engine.flops_per_byte
 
 
 @functools.cache

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, get_args
 
-import torch
 from torch import Tensor
 
 from fusedres import dispatch
@@ -77,15 +76,16 @@ class ChainSpec:
     engine: str | None = field(default_factory=dispatch.forced)
 
 
-def is_closed(unit: UnitSpec, x_shape: Sequence[int], w_shape: Sequence[int]) -> bool:
-    """Whether the unit can run, to advantage, without storing its conv's output.
+def is_closed(unit: UnitSpec, problem: ConvProblem, element_size: int, flops_per_byte: int) -> bool:
+    """Whether the unit can run, to advantage, without storing its conv's output (elements of ``element_size`` bytes).
 
-    It must be pointwise, widen the tensor (then the C x C products cost less than the K x C ones they replace) and see
-    enough pixels that products with the C x C moments stay small beside the conv itself. Nor may its batch be part of
-    another: the products with the moments are of this process's pixels around a mean that is not theirs.
+    It must be pointwise, widen the tensor and see enough pixels to tell the moments of its input. Nor may its batch be
+    part of another: the products with the moments are of this process's pixels around a mean that is not theirs.
+
+    It pays where the traffic that it saves, a write and seven reads of the output or its gradient, takes longer than
+    the products with C x C matrices: 3 C^2 FLOPs a pixel and 6 K C^2 in all (docs/calculus.md).
     """
-    if unit.sync is not None:
+    if not (unit.batch_stats and unit.sync is None and problem.is_pointwise and problem.K >= 2 * problem.C):
         return False
-    problem = ConvProblem.of(torch.Size(x_shape), torch.Size(w_shape), *unit.conv)
-    widens = problem.K >= 2 * problem.C
-    return unit.batch_stats and problem.is_pointwise and widens and problem.gemm_m >= 4 * problem.C
+    M, C, K = problem.gemm_m, problem.C, problem.K
+    return M >= 4 * C and 8 * element_size * K * M * flops_per_byte > 3 * C * C * M + 6 * K * C * C

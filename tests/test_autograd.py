@@ -12,8 +12,11 @@ from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 
 from fusedres import FusedBasicBlock, FusedBottleneck, FusedConvBNReLU, measure
+from fusedres.engines.cpu import CPU
+from fusedres.engines.reference import REFERENCE
 from fusedres.functional import ConvBN, unit_spec
-from fusedres.specs import is_closed
+from fusedres.problem import ConvProblem
+from fusedres.specs import UnitSpec, is_closed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -66,16 +69,34 @@ def test_gradcheck_passes_entry_by_entry(kind: type[nn.Module], training: bool, 
 
 
 def test_is_closed_wants_a_widening_pointwise_conv_with_batch_statistics_and_many_pixels() -> None:
-    def unit(training: bool = True, **conv: int) -> object:
+    def unit(training: bool = True, **conv: int) -> UnitSpec:
         return unit_spec(ConvBN(nn.Conv2d(4, 8, 1, **conv), nn.BatchNorm2d(8).train(training)))
 
-    assert is_closed(unit(), (1, 4, 4, 4), (8, 4, 1, 1))
-    assert not is_closed(unit(), (1, 4, 4, 3), (8, 4, 1, 1))
-    assert not is_closed(unit(), (1, 4, 4, 4), (7, 4, 1, 1))
-    assert not is_closed(unit(), (1, 4, 9, 9), (8, 4, 3, 3))
-    assert not is_closed(unit(padding=1), (1, 4, 9, 9), (8, 4, 1, 1))
-    assert not is_closed(unit(groups=2), (1, 4, 9, 9), (8, 2, 1, 1))
-    assert not is_closed(unit(training=False), (1, 4, 9, 9), (8, 4, 1, 1))
+    def closed(spec: UnitSpec, x: tuple[int, ...], w: tuple[int, ...]) -> bool:
+        return is_closed(spec, ConvProblem.of(torch.Size(x), torch.Size(w), *spec.conv), 4, flops_per_byte=10)
+
+    assert closed(unit(), (1, 4, 4, 4), (8, 4, 1, 1))
+    assert not closed(unit(), (1, 4, 4, 3), (8, 4, 1, 1))
+    assert not closed(unit(), (1, 4, 4, 4), (7, 4, 1, 1))
+    assert not closed(unit(), (1, 4, 9, 9), (8, 4, 3, 3))
+    assert not closed(unit(padding=1), (1, 4, 9, 9), (8, 4, 1, 1))
+    assert not closed(unit(groups=2), (1, 4, 9, 9), (8, 2, 1, 1))
+    assert not closed(unit(training=False), (1, 4, 9, 9), (8, 4, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("width", "batch_size", "closed"), [(64, 1, True), (128, 8, True), (256, 8, False), (256, 128, True), (512, 8, False)]
+)
+def test_units_are_closed_on_a_cpu_where_traffic_costs_more_than_the_products(
+    width: int, batch_size: int, closed: bool
+) -> None:
+    """The last convs of ResNet-50's bottlenecks at 224x224."""
+    spec = unit_spec(ConvBN(nn.Conv2d(width, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width).train()))
+    size = 56 * 64 // width
+    problem = ConvProblem(batch_size, width, size, size, 4 * width, 1, 1)
+    assert is_closed(spec, problem, 4, CPU.flops_per_byte) == closed
+    assert is_closed(spec, problem, 2, REFERENCE.flops_per_byte) == (problem.gemm_m >= 4 * width)
+    assert not is_closed(spec, problem, 4, flops_per_byte=0)
 
 
 @pytest.mark.parametrize(

@@ -255,8 +255,8 @@ def test_triton_is_the_first_choice_on_cuda_or_says_why_not() -> None:
 def test_triton_stores_every_conv_output_so_that_it_closes_no_unit() -> None:
     reasons = dict(dispatch.choose("pointwise_dgrad", "cuda", torch.float32).passed_over)
     assert reasons["triton"] == "it stores every conv's output, so that it needs no such op"
-    assert not TRITON.closes_units
-    assert dispatch.closes_units("cpu", torch.float32)
+    assert TRITON.flops_per_byte == 0
+    assert dispatch.flops_per_byte("cpu", torch.float32) > 0
 
 
 @pytest.mark.parametrize(("capability", "engine"), [((9, 0), "cudnn"), ((10, 0), "cudnn"), ((8, 0), "triton")])
@@ -268,7 +268,7 @@ def test_the_vendors_convs_come_first_on_gpus_like_those_they_were_measured_on(
     with nvidia.planning(capability):
         assert dispatch.choose("conv_fprop", "cuda", torch.float16).engine.name == engine
         assert dispatch.fuses_prologue("conv_fprop", "cuda", torch.float16) == (engine == "triton")
-        assert dispatch.closes_units("cuda", torch.bfloat16) == (engine == "cudnn")
+        assert (dispatch.flops_per_byte("cuda", torch.bfloat16) > 0) == (engine == "cudnn")
         assert dispatch.choose("conv_fprop", "cuda", torch.float32).engine is TRITON
 
 

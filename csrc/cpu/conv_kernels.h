@@ -16,41 +16,92 @@ ConvTile conv_tile() {
   return {kConvPixels, kConvChannels<T>};
 }
 
-// sums (kPixels, kConvChannels) (+)= over `taps` taps and `depth` channels of each: input * panel.
-// inputs (taps, kConvPixels) point at the first channel; panel (taps, depth, kConvChannels).
-template <typename T, int kPixels>
-void conv_micro_tile(const T* const* inputs, int64_t taps, int64_t channel, int64_t depth, const T* panel, T* sums,
-                     bool is_first) {
-  Vec<T> acc[kPixels][kConvVectors] = {};
-  for (int64_t tap = 0; tap < taps; ++tap, inputs += kConvPixels) {
-    const T* pixels[kPixels];
-#pragma GCC unroll 12
-    for (int i = 0; i < kPixels; ++i) pixels[i] = inputs[i] + channel;
-#pragma GCC unroll 4
-    for (int64_t c = 0; c < depth; ++c, panel += kConvChannels<T>) {
-      Vec<T> weights[kConvVectors];
-#pragma GCC unroll 2
-      for (int j = 0; j < kConvVectors; ++j) weights[j] = load(panel + j * kLanes<T>);
-#pragma GCC unroll 12
-      for (int i = 0; i < kPixels; ++i) {
-        const Vec<T> value = broadcast(pixels[i][c]);
-#pragma GCC unroll 2
-        for (int j = 0; j < kConvVectors; ++j) acc[i][j] += value * weights[j];
-      }
-    }
+// What becomes of the sums of a micro-tile: kept, to be added to, or written to y. With its channels from `channel` on.
+template <typename T>
+struct ConvFinish {
+  const ConvOperands<T>* operands;
+  const int64_t* outputs;
+  const T* const* residual;
+  int64_t channel;
+
+  // Scale, bias, residual and ReLU on the sums of pixel i at the tile's channels c, and their way to y.
+  template <typename Lanes>
+  FUSEDRES_INLINE void operator()(Lanes lanes, int64_t i, int64_t c, Vec<T> value) const {
+    const int64_t at = channel + c;
+    if (operands->scale != nullptr) value *= lanes.load(operands->scale + at);
+    if (operands->bias != nullptr) value += lanes.load(operands->bias + at);
+    if (residual[i] != nullptr) value += lanes.load(residual[i] + at);
+    lanes.store(operands->y + outputs[i] + at, operands->relu ? relu(value) : value);
   }
+};
+
+// sums (kPixels, kConvChannels) (+)= acc, which starts anew.
+template <typename T, int kPixels>
+FUSEDRES_INLINE void conv_keep(Vec<T> (&acc)[kPixels][kConvVectors], T* sums, bool is_first) {
 #pragma GCC unroll 12
   for (int i = 0; i < kPixels; ++i) {
 #pragma GCC unroll 2
     for (int j = 0; j < kConvVectors; ++j) {
       T* to = sums + i * kConvChannels<T> + j * kLanes<T>;
       store(to, is_first ? acc[i][j] : load(to) + acc[i][j]);
+      acc[i][j] = Vec<T>{};
+    }
+  }
+}
+
+// What a register adds up: every addition rounds, and the totals of shorter sums round less.
+constexpr int64_t kLongestSum = 256;
+
+// sums (kPixels, kConvChannels) (+)= over `taps` taps and `depth` channels of each: input * panel.
+// inputs (taps, kConvPixels) point at the first channel; panel (taps, depth, kConvChannels). With `finish` the sums go
+// on to y.
+template <typename T, int kPixels>
+void conv_micro_tile(const T* const* inputs, int64_t taps, int64_t channel, int64_t depth, const T* panel, T* sums,
+                     bool is_first, const ConvFinish<T>* finish) {
+  Vec<T> acc[kPixels][kConvVectors] = {};
+  int64_t added = 0;
+  for (int64_t tap = 0; tap < taps; ++tap, inputs += kConvPixels) {
+    const T* pixels[kPixels];
+#pragma GCC unroll 12
+    for (int i = 0; i < kPixels; ++i) pixels[i] = inputs[i] + channel;
+    for (int64_t c = 0; c < depth;) {
+      if (added == kLongestSum) {
+        conv_keep<T, kPixels>(acc, sums, is_first);
+        is_first = false;
+        added = 0;
+      }
+      const int64_t end = std::min(depth, c + kLongestSum - added);
+      added += end - c;
+#pragma GCC unroll 4
+      for (; c < end; ++c, panel += kConvChannels<T>) {
+        Vec<T> weights[kConvVectors];
+#pragma GCC unroll 2
+        for (int j = 0; j < kConvVectors; ++j) weights[j] = load(panel + j * kLanes<T>);
+#pragma GCC unroll 12
+        for (int i = 0; i < kPixels; ++i) {
+          const Vec<T> value = broadcast(pixels[i][c]);
+#pragma GCC unroll 2
+          for (int j = 0; j < kConvVectors; ++j) acc[i][j] += value * weights[j];
+        }
+      }
+    }
+  }
+  if (finish == nullptr) {
+    conv_keep<T, kPixels>(acc, sums, is_first);
+    return;
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < kPixels; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kConvVectors; ++j) {
+      const int64_t c = j * kLanes<T>;
+      (*finish)(AllLanes{}, i, c, is_first ? acc[i][j] : load(sums + i * kConvChannels<T> + c) + acc[i][j]);
     }
   }
 }
 
 template <typename T>
-using ConvMicroTile = void (*)(const T* const*, int64_t, int64_t, int64_t, const T*, T*, bool);
+using ConvMicroTile = void (*)(const T* const*, int64_t, int64_t, int64_t, const T*, T*, bool, const ConvFinish<T>*);
 
 template <typename T, int kPixels = kConvPixels>
 ConvMicroTile<T> conv_micro_tile_of(int64_t pixels) {
@@ -60,18 +111,11 @@ ConvMicroTile<T> conv_micro_tile_of(int64_t pixels) {
   return conv_micro_tile<T, kPixels>;
 }
 
-// Scale, bias, residual and ReLU on a finished micro-tile, and its way to y.
+// The same for sums that were kept: those of a ragged panel, and of taps that all lie in the padding.
 template <typename T>
-void conv_write_tile(const ConvOperands<T>& operands, const int64_t* outputs, const T* const* residual, int64_t pixels,
-                     int64_t channel, int64_t channels, const T* sums) {
+void conv_finish_sums(const ConvFinish<T>& finish, const T* sums, int64_t pixels, int64_t channels) {
   for_each_vector<T>(channels, [&](auto lanes, int64_t c) {
-    const Vec<T> scale = operands.scale == nullptr ? broadcast(T{1}) : lanes.load(operands.scale + channel + c);
-    const Vec<T> bias = operands.bias == nullptr ? Vec<T>{} : lanes.load(operands.bias + channel + c);
-    for (int64_t i = 0; i < pixels; ++i) {
-      Vec<T> value = scale * load(sums + i * kConvChannels<T> + c) + bias;
-      if (residual[i] != nullptr) value += lanes.load(residual[i] + channel + c);
-      lanes.store(operands.y + outputs[i] + channel + c, operands.relu ? relu(value) : value);
-    }
+    for (int64_t i = 0; i < pixels; ++i) finish(lanes, i, c, load(sums + i * kConvChannels<T> + c));
   });
 }
 
@@ -88,7 +132,7 @@ void conv_block(const ConvPlan& plan, const ConvOperands<T>& operands, int64_t t
   constexpr int64_t kTile = kConvPixels * kConvChannels<T>;
   const int64_t block = task / plan.panel_blocks.count, taps = plan.gather.taps(), depth = plan.sizes.depth;
   const Range panels = plan.panel_blocks[task % plan.panel_blocks.count];
-  const Cut tiles = Cut::at_most(plan.pixel_blocks[block].size(), kConvPixels);
+  const Cut tiles = Cut::at_most(plan.pixel_block(block).size(), kConvPixels);
   table.build(plan, operands, block);
   const bool is_one_run = taps <= plan.taps_at_once && plan.runs.count == 1;
   table.sums.resize(is_one_run ? kTile : panels.size() * tiles.count * kTile);
@@ -118,16 +162,17 @@ void conv_block(const ConvPlan& plan, const ConvOperands<T>& operands, int64_t t
               if (table.residual[i] != nullptr) conv_prefetch<0>(table.residual[i] + channel, width);
             }
           }
-          if (run_taps != 1 || !table.is_padding[t * taps + tap]) {
+          const ConvFinish<T> finish{&operands, table.outputs.data() + pixels.begin,
+                                     table.residual.data() + pixels.begin, channel};
+          const bool is_whole = width == kConvChannels<T>;
+          const bool is_read = run_taps != 1 || !table.is_padding[t * taps + tap];
+          if (is_read) {
             conv_micro_tile_of<T>(pixels.size())(inputs, run_taps, channels.begin, channels.size(), panel, sums,
-                                                 is_first);
+                                                 is_first, is_last && is_whole ? &finish : nullptr);
           } else if (is_first) {
             std::fill_n(sums, kTile, T{0});
           }
-          if (is_last) {
-            conv_write_tile(operands, table.outputs.data() + pixels.begin, table.residual.data() + pixels.begin,
-                            pixels.size(), channel, width, sums);
-          }
+          if (is_last && !(is_whole && is_read)) conv_finish_sums(finish, sums, pixels.size(), width);
         }
       }
     }

@@ -40,7 +40,7 @@ void ConvTable<T>::build(const ConvPlan& plan, const ConvOperands<T>& operands, 
   block = index;
   const ConvSizes& sizes = plan.sizes;
   const GatherAxis &h = plan.gather.h, &w = plan.gather.w;
-  const Range pixels = plan.pixel_blocks[index];
+  const Range pixels = plan.pixel_block(index);
   const Cut tiles = Cut::at_most(pixels.size(), plan.tile.pixels);
   const int64_t taps = plan.gather.taps(), residual_rows = ceil_div(sizes.out_h, operands.residual_h),
                 residual_cols = ceil_div(sizes.out_w, operands.residual_w);

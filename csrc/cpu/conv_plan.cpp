@@ -3,11 +3,23 @@
 namespace fusedres::cpu {
 namespace {
 
-// A run of one panel is meant for half the first-level cache (16 KiB of float32); the pixels of a block, as far as one
-// run reads them, and its sums for a block of panels for the second-level cache.
-constexpr int64_t kRun = 256;
+// A run of a panel is meant to be near while the tiles of a block pass it: `kRun` steps of the depth for every channel
+// of the panel, for wider vectors come with larger caches. Pixels of a block, as far as one run reads them, and its
+// sums for a block of panels are meant for the second-level cache.
+constexpr int64_t kRun = 36;
 constexpr int64_t kBlockTiles = 16, kBlockPanels = 16;
 constexpr int64_t kTasksEach = 4;  // at least, for every worker, so that none waits long for the last
+
+// Into how many blocks to cut the panels, `least` or more: more of them where that leaves the busiest worker less to
+// do.
+int64_t count_panel_blocks(int64_t panels, int64_t pixel_blocks, int64_t workers, int64_t least) {
+  const auto busiest = [&](int64_t count) { return ceil_div(pixel_blocks * count, workers) * ceil_div(panels, count); };
+  int64_t best = least;
+  for (int64_t count = least + 1; count <= std::min(panels, 4 * least); ++count) {
+    if (32 * busiest(count) < 31 * busiest(best)) best = count;
+  }
+  return best;
+}
 
 }  // namespace
 
@@ -16,13 +28,13 @@ ConvPlan::ConvPlan(const ConvSizes& sizes, Gather unplanned, ConvTile tile, int6
       gather(std::move(unplanned)),
       tile(tile),
       panels(ceil_div(sizes.K, tile.channels)),
-      runs(Cut::at_most(sizes.depth, kRun)),
-      taps_at_once(std::max<int64_t>(kRun / std::max<int64_t>(sizes.depth, 1), 1)) {
-  const int64_t pixels = sizes.N * gather.pixels();
-  pixel_blocks = pixels > 0 ? Cut::at_most(pixels, kBlockTiles * tile.pixels) : Cut(0, 0);
-  const int64_t wanted = ceil_div(kTasksEach * workers, std::max<int64_t>(pixel_blocks.count, 1));
-  const int64_t least = ceil_div(panels, kBlockPanels);
-  panel_blocks = {panels, std::clamp(wanted, std::min(least, panels), panels)};
+      runs(Cut::at_most(sizes.depth, kRun * tile.channels)),
+      taps_at_once(std::max<int64_t>(kRun * tile.channels / std::max<int64_t>(sizes.depth, 1), 1)) {
+  const int64_t tiles = ceil_div(pixels(), tile.pixels);
+  tile_blocks = tiles > 0 ? Cut::at_most(tiles, kBlockTiles) : Cut(0, 0);
+  const int64_t wanted = ceil_div(kTasksEach * workers, std::max<int64_t>(tile_blocks.count, 1));
+  const int64_t least = std::clamp(wanted, std::min(ceil_div(panels, kBlockPanels), panels), panels);
+  panel_blocks = {panels, count_panel_blocks(panels, tile_blocks.count, workers, least)};
 }
 
 }  // namespace fusedres::cpu

@@ -20,7 +20,13 @@ struct ConvSizes {
 struct ConvPlan {
   ConvPlan(const ConvSizes& sizes, Gather gather, ConvTile tile, int64_t workers);
 
-  int64_t tasks() const { return pixel_blocks.count * panel_blocks.count; }
+  int64_t pixels() const { return sizes.N * gather.pixels(); }
+  int64_t tasks() const { return tile_blocks.count * panel_blocks.count; }
+  // All tiles of a block are full, but for the end of the last one.
+  Range pixel_block(int64_t i) const {
+    const Range tiles = tile_blocks[i];
+    return clip({tiles.begin * tile.pixels, tiles.end * tile.pixels}, pixels());
+  }
   int64_t panel_elements() const { return gather.taps() * sizes.depth * tile.channels; }
   int64_t packed_elements() const { return panels * panel_elements(); }
 
@@ -28,7 +34,7 @@ struct ConvPlan {
   Gather gather;
   ConvTile tile;
   int64_t panels;
-  Cut pixel_blocks;      // of all images
+  Cut tile_blocks;       // of the tiles that hold the pixels of all images
   Cut panel_blocks;      // of the panels
   Cut runs;              // of a tap's depth
   int64_t taps_at_once;  // in one run, where runs are whole taps

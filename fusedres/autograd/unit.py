@@ -12,6 +12,7 @@ from fusedres import dispatch, ops
 from fusedres.autograd.needs import UnitNeeds
 from fusedres.distributed import mean_sums, merge_stats
 from fusedres.layout import acc_dtype, pixels
+from fusedres.problem import ConvProblem
 from fusedres.specs import UnitSpec, UnitTensors, is_closed
 
 
@@ -50,12 +51,14 @@ def unit_tensors(flat: Sequence[Any]) -> list[UnitTensors]:
 
 
 def closes(unit: UnitSpec, needs: UnitNeeds, t: UnitTensors, x: Tensor) -> bool:
-    """Whether the unit runs closed on ``x``: its shapes allow it and the engine of its conv wants it.
+    """Whether the unit runs closed on ``x``: its shapes allow it, and on the engine of its conv it pays.
 
     A closed unit draws ``dgamma`` from its weight gradient, so one whose weight needs none had better keep ``z``.
     """
-    is_wanted = (needs.w or not needs.any) and dispatch.closes_units(x.device.type, x.dtype)
-    return is_wanted and is_closed(unit, x.shape, t.w.shape)
+    if needs.any and not needs.w:
+        return False
+    problem = ConvProblem.of(x, t.w, *unit.conv)
+    return is_closed(unit, problem, x.element_size(), dispatch.flops_per_byte(x.device.type, x.dtype))
 
 
 def materialise(operand: Operand) -> Operand:

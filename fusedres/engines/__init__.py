@@ -73,8 +73,9 @@ class Engine:
     missing: str | None = None
     #: Whether convs apply their prologues themselves; else the caller materialises ``relu(scale*z+shift)`` and ``dz``.
     fuses_prologue: bool = False
-    #: Whether a widening pointwise conv may run without storing its output, through the ``pointwise_*`` ops.
-    closes_units: bool = True
+    #: FLOPs that take as long as a byte of memory traffic. They decide which widening pointwise convs run without
+    #: storing their output, through the ``pointwise_*`` ops: more arithmetic, less traffic. 0: none.
+    flops_per_byte: int = 100
 
     def rejects(self, op: str, device_type: str, dtype: torch.dtype) -> str | None:
         """Why this engine does not compute ``op`` for such tensors, or None if it does."""

@@ -43,7 +43,7 @@ class TritonEngine(Engine):
 
     name = "triton"
     fuses_prologue = True
-    closes_units = False
+    flops_per_byte = 0
 
     @functools.cached_property
     def missing(self) -> str | None:  # type: ignore[override]  # asked for, it may import Triton
