@@ -3,51 +3,26 @@
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import fusedres
 from fusedres import ops
 from fusedres.blocks import FusedBasicBlock, FusedBottleneck
+from fusedres.card import Card
 from fusedres.functional import ConvBN
 from fusedres.layers import FusedConvBNReLU
 from fusedres.resnet import StagedNet
 
-KIND = "folded network"
-
-
-@dataclass(frozen=True)
-class Card:
-    """What an artefact says of itself: the network's name, how its pictures are made, and who wrote it."""
-
-    arch: str
-    preprocessing: Mapping[str, Any]
-    version: str = fusedres.__version__
-
-    def metadata(self) -> dict[str, str]:
-        """The card as strings, which are all that safetensors and ONNX keep."""
-        preprocessing = json.dumps(self.preprocessing)
-        return {"fusedres": KIND, "arch": self.arch, "version": self.version, "preprocessing": preprocessing}
-
 
 def read_card(path: Path) -> Card | None:
-    """The card of the artefact at ``path``; None for any other safetensors file. ValueError where it is damaged."""
+    """The card of the safetensors file at ``path``; None where it has none. ValueError where that is damaged."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-    if metadata.get("fusedres") != KIND:
-        return None
-    try:
-        return Card(metadata["arch"], json.loads(metadata["preprocessing"]), metadata["version"])
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"{path} does not say what network it holds ({type(error).__name__}: {error})") from error
+        return Card.of(file.metadata() or {}, path)
 
 
 def to_bytes(folded: nn.Module, card: Card) -> bytes:

@@ -23,6 +23,10 @@ SUFFIXES = (".pth", ".pt", ".safetensors")
 WRAPPERS = ("state_dict", "model")
 PREFIXES = ("module.", "_orig_mod.", "module.")  # DDP and torch.compile, whichever is the outer one
 NAMED = 4  # tensors of a kind that a message names
+_FOLDED = (
+    "it was folded for inference and has no BN. Run it with `fusedres predict` or `fusedres evaluate`, or load the"
+    " checkpoint that `fusedres convert` made it from"
+)
 LEGACY_MEMBER = "IMAGENET1K_V1"  # what torchvision's pretrained=True stands for
 
 
@@ -36,10 +40,12 @@ class Checkpoint:
 
     def load_into(self, model: nn.Module, progress: bool = True) -> None:
         """Load every tensor, strictly; RuntimeError naming the source and each key that does not fit."""
+        tensors = self.read(progress)
         try:
-            model.load_state_dict(self.read(progress))
+            model.load_state_dict(tensors)
         except RuntimeError as error:
-            raise RuntimeError(f"{self.source} does not fit {type(model).__name__}: {error}") from error
+            why = _FOLDED if _is_folded(tensors) else str(error)
+            raise RuntimeError(f"{self.source} does not fit {type(model).__name__}: {why}") from error
 
 
 def resolve(weights: Weights, enum_name: str | None) -> Checkpoint | None:
@@ -118,6 +124,11 @@ def misfit(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str |
 def _few(names: list[str]) -> str:
     more = len(names) - NAMED
     return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _is_folded(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether these are a network's convs with BN folded into them."""
+    return "conv1.bias" in tensors and not any(name.endswith(".running_var") for name in tensors)
 
 
 def _legacy_name(pretrained: bool, enum_name: str) -> str | None:

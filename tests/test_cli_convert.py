@@ -17,6 +17,7 @@ from trained_nets import ARCH, CLASSES, checkpoint, picture, small_net
 
 import fusedres
 from fusedres import artefact, cli
+from fusedres.card import FOLDED, Card
 from fusedres.cli import networks, trained
 from fusedres.resnet import StagedNet
 
@@ -152,6 +153,15 @@ def test_checkpoint_of_another_library(library: str, wrap: Callable) -> None:
         assert_as_near_as_eager(trained.load("net.safetensors", None).model(x), eager.eval(), x)
 
 
+def test_constructor_given_an_artefact_says_what_to_use() -> None:
+    checkpoint(Path("net.pth"))
+    assert convert("--to", "net.safetensors") == 0
+    with pytest.raises(
+        RuntimeError, match=r"net\.safetensors does not fit ResNet: it was folded .* `fusedres predict`"
+    ):
+        fusedres.resnet18(weights="net.safetensors", num_classes=CLASSES)
+
+
 def test_checkpoint_without_counters_of_batches_is_whole() -> None:
     state = {name: t for name, t in small_net().state_dict().items() if not name.endswith("num_batches_tracked")}
     torch.save(dict(state), "net.pth")
@@ -260,7 +270,7 @@ def test_artefact_of_another_network_is_refused(capsys: pytest.CaptureFixture) -
 def test_damaged_card_is_told(key: str, value: str, word: str, capsys: pytest.CaptureFixture) -> None:
     save = pytest.importorskip("safetensors.torch", reason="needs safetensors").save_file
     net = small_net("cifar_resnet20")
-    card = artefact.Card("cifar_resnet20", {})
+    card = Card("cifar_resnet20", {}, FOLDED)
     save(artefact.state(artefact.fold(net)), "net.safetensors", card.metadata() | {key: value})
     picture(Path("a.png"))
     assert_one_line(cli.main(["predict", "a.png", "--weights", "net.safetensors"]), capsys.readouterr().err, word)

@@ -21,6 +21,7 @@ from fusedres import cli
 from fusedres.cli import photo
 from fusedres.cli.common import UserError
 from fusedres.cli.preprocessing import Preprocessing
+from fusedres.training import open_data
 
 SIZE = 32
 
@@ -137,6 +138,24 @@ def test_wrapped_checkpoint_and_safetensors_hold_the_same(net: torch.nn.Module) 
     for weights in ("wrapped.pth", "net.safetensors"):
         assert predict("a.png", weights=weights) == 0
         assert pictures() == first
+
+
+def test_trained_network_sees_pictures_as_it_was_trained_to() -> None:
+    pytest.importorskip("sklearn", reason="needs scikit-learn: the digits come with it")
+    pytest.importorskip("safetensors", reason="needs safetensors")
+    assert cli.main(["train", "--out", "run", "--image-size", "8", "--epochs", "3"]) == 0
+    assert cli.main(["convert", "run/model.pt", "--to", "net.safetensors"]) == 0
+    held_out = open_data("digits", 8).test.samples
+    ink = held_out.pictures - held_out.pictures.min()  # blank paper becomes 0, the darkest ink 255
+    for number, (image, label) in enumerate(zip(ink.div(ink.max()).mul(255).round(), held_out.labels, strict=True)):
+        path = Path(f"digits/{label}/{number}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[0].numpy().astype(np.uint8)).save(path)
+    trained = json.loads(Path("run/metrics.json").read_text())["epochs"][-1]["test_accuracy"]
+    assert trained > 0.5
+    for weights in ("run/model.pt", "run/checkpoint.pt", "net.safetensors"):
+        assert cli.main(["evaluate", "--data", "imagefolder:digits", "--weights", weights, "--json", "out.json"]) == 0
+        assert json.loads(Path("out.json").read_text())["top1"] == pytest.approx(trained, abs=1.5 / len(ink)), weights
 
 
 # Pictures of every kind

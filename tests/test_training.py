@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import pickle
@@ -68,7 +69,9 @@ def few_digits(digits: Data) -> Data:
     """160 digits, so that an epoch has 5 steps of 32."""
     train = _Tensors(digits.train.samples.pictures[:160], digits.train.samples.labels[:160])
     test = _Tensors(digits.test.samples.pictures[:40], digits.test.samples.labels[:40])
-    return Data("digits", Pictures(train, digits.train.transform), Pictures(test, digits.test.transform), 10)
+    return dataclasses.replace(
+        digits, train=Pictures(train, digits.train.transform), test=Pictures(test, digits.test.transform)
+    )
 
 
 def assert_equal_states(a: torch.nn.Module, b: torch.nn.Module) -> None:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 import fusedres
-from fusedres.cli import bench, convert, evaluate, explain, info, predict, report, roofline, train
+from fusedres.cli import bench, convert, evaluate, experiment, explain, info, predict, report, roofline, train
 from fusedres.cli.common import Parser, UserError
 
 COMMANDS = {
@@ -17,6 +17,7 @@ COMMANDS = {
     "predict": predict,
     "evaluate": evaluate,
     "convert": convert,
+    "experiment": experiment,
     "explain": explain,
     "info": info,
     "report": report,

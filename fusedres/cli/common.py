@@ -43,6 +43,11 @@ def positive_float(text: str) -> float:
 def add_model_options(parser: argparse.ArgumentParser, arch: str) -> None:
     """Which network, and where and how it runs."""
     parser.add_argument("--arch", default=arch, help="network (default: %(default)s); an unknown name lists them all")
+    add_network_options(parser)
+
+
+def add_network_options(parser: argparse.ArgumentParser) -> None:
+    """How networks are made, and where and how they run."""
     parser.add_argument(
         "--memory", choices=("standard", "recompute"), default="standard", help="memory mode of the blocks"
     )

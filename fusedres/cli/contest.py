@@ -65,7 +65,7 @@ class Contest:
         calls = {}
         for name, model in self.models.items():
             model.train(mode == "train")
-            calls[name] = _call(mode, model, layout(name, x), target)
+            calls[name] = call(mode, model, layout(name, x), target)
         return measure.interleaved(calls, rounds, self.device, warmup=2, on_round=on_round)
 
     def launches(self, size: int) -> list[dict[str, Any]]:
@@ -112,7 +112,9 @@ def layout(contestant: str, x: Tensor) -> Tensor:
     return x if contestant == NCHW else x.contiguous(memory_format=torch.channels_last)
 
 
-def _call(mode: str, model: nn.Module, x: Tensor, target: Tensor) -> Callable[[], object]:
+def call(mode: str, model: nn.Module, x: Tensor, target: Tensor) -> Callable[[], object]:
+    """An inference of ``model``, or a training step, as it is timed; ``mode``, "eval" or "train", is set already."""
+
     def infer() -> None:
         with torch.inference_mode():
             model(x)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from fusedres import artefact
+from fusedres.card import FOLDED, Card
 from fusedres.cli import common, trained
 from fusedres.cli.common import UserError
 from fusedres.training.checkpoint import write_atomically
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     side = network.preprocessing.crop
     x = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     difference = _difference(network.logits(x), dataclasses.replace(network, model=folded).logits(x))
-    card = artefact.Card(network.arch, dataclasses.asdict(network.preprocessing))
+    card = Card(network.arch, dataclasses.asdict(network.preprocessing), FOLDED)
     if args.to:
         _write(args.to, artefact.to_bytes(folded, card))
     if args.onnx:
@@ -75,7 +76,7 @@ def _write(path: Path, content: bytes) -> None:
     print(f"written: {path} ({len(content) / 2**20:.1f} MiB)")
 
 
-def _onnx(folded: nn.Module, card: artefact.Card, x: torch.Tensor) -> bytes:
+def _onnx(folded: nn.Module, card: Card, x: torch.Tensor) -> bytes:
     """The folded network as ONNX: ``pictures`` (N, 3, H, W) float32 -> ``logits`` (N, classes), N free."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter, about itself

@@ -1,8 +1,9 @@
 """``fusedres predict``: what pictures show, by a trained network.
 
 Pictures are files of any kind that Pillow reads, or folders of them. The labels are ImageNet's where the network has
-1000 classes, else the classes' numbers. Pictures are normalised as the published weights want it, and as ImageNet's for
-all others, whatever data they were trained on. Those that cannot be read are left out and told of at the end.
+1000 classes, else the classes' numbers. Pictures are normalised as the published weights want it, or as
+``fusedres train`` did it; as ImageNet's where the weights do not say. Those that cannot be read are left out and told
+of at the end.
 """
 
 from __future__ import annotations

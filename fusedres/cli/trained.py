@@ -15,11 +15,12 @@ from torch import Tensor
 
 import fusedres
 from fusedres import artefact
+from fusedres.card import FOLDED, Card, attached
 from fusedres.cli import common, networks
 from fusedres.cli.common import UserError
 from fusedres.cli.preprocessing import Preprocessing
 from fusedres.resnet import VARIANTS
-from fusedres.weights import misfit, resolve
+from fusedres.weights import misfit, read_file, resolve
 
 T = TypeVar("T")
 
@@ -77,14 +78,15 @@ def load(name: str | None, arch: str | None, image_size: int | None = None) -> T
     networks.check(arch)
     member = _published(arch, name)
     tensors = _read(name, arch)
-    model = _model(arch, tensors, card is not None, name)
+    folded = card is not None and card.kind == FOLDED
+    model = _model(arch, tensors, folded, name)
     return Trained(
         arch,
         model,
         _preprocessing(arch, card, member, name).sized(image_size),
         _labels(networks.classes_of(model)),
         name,
-        card is not None,
+        folded,
     )
 
 
@@ -95,10 +97,13 @@ def _need_torchvision() -> None:
         raise UserError("pictures and their labels need torchvision: pip install 'fusedres[deploy]'") from None
 
 
-def _card(path: Path) -> artefact.Card | None:
-    if path.suffix.lower() != ".safetensors":
+def _card(path: Path) -> Card | None:
+    """What the file of weights says of itself; None where it does not, or is no file."""
+    if not path.is_file():
         return None
-    return _told(str(path), lambda: artefact.read_card(path))
+    if path.suffix.lower() == ".safetensors":
+        return _told(str(path), lambda: artefact.read_card(path))
+    return _told(str(path), lambda: attached(read_file(path), path))
 
 
 def _read(name: str, arch: str) -> Mapping[str, Tensor]:
@@ -165,7 +170,7 @@ def _published(arch: str, name: str) -> Any:
     return member or next((member for member in enum if member.url.endswith(f"/{Path(name).name}")), None)
 
 
-def _preprocessing(arch: str, card: artefact.Card | None, member: Any, name: str) -> Preprocessing:
+def _preprocessing(arch: str, card: Card | None, member: Any, name: str) -> Preprocessing:
     if card is not None:
         return _told(name, lambda: Preprocessing.parse(card.preprocessing))
     if member is not None:

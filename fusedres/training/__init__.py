@@ -3,7 +3,7 @@
 from fusedres.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from fusedres.training.data import Data, DataError, open_data
 from fusedres.training.history import History
-from fusedres.training.loop import CHECKPOINT, Settings, TrainingDiverged, evaluate, fit
+from fusedres.training.loop import CHECKPOINT, Settings, TrainingDiverged, described_state, evaluate, fit
 from fusedres.training.schedule import learning_rate
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "History",
     "Settings",
     "TrainingDiverged",
+    "described_state",
     "evaluate",
     "fit",
     "learning_rate",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pickle
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,16 @@ class DataError(Exception):
 
 @dataclass(frozen=True)
 class Data:
-    """A training set and a held-out set of pictures (3, H, W) float32 with integer labels."""
+    """A training set and a held-out set of pictures (3, H, W) float32 with integer labels.
+
+    ``preprocessing``: how the held-out pictures were made, as ``fusedres predict`` would make them from picture files.
+    """
 
     name: str
     train: Pictures
     test: Pictures
     num_classes: int
+    preprocessing: Mapping[str, Any]
 
 
 class Pictures(Dataset):
@@ -86,6 +90,17 @@ def open_data(spec: str, image_size: int | None = None, seed: int = 0) -> Data:
     raise DataError(f"unknown data {spec!r}: expected digits, cifar10:PATH or imagefolder:PATH")
 
 
+def _preprocessing(resize: int, crop: int, mean: Iterable[float], std: Iterable[float]) -> dict[str, Any]:
+    """``resize``: what the shorter side becomes; ``crop``: the square kept; ``mean`` and ``std``: with white as 1."""
+    return {
+        "resize": resize,
+        "crop": crop,
+        "mean": list(map(float, mean)),
+        "std": list(map(float, std)),
+        "interpolation": "bilinear",
+    }
+
+
 def _need(module: str, package: str, what: str) -> Any:
     try:
         return importlib.import_module(module)
@@ -123,6 +138,9 @@ class _Shift:
         return _random_shift(picture, self.reach, self.fill)
 
 
+INK = 16  # the largest value of a pixel
+
+
 def _digits(size: int, seed: int) -> Data:
     """1797 handwritten digits of 8x8 pixels and 16 grey levels, a fifth of each class held out (always the same)."""
     datasets = _need("sklearn.datasets", "scikit-learn", "the digits data set")
@@ -139,6 +157,7 @@ def _digits(size: int, seed: int) -> Data:
         Pictures(_Tensors(pictures[train], targets[train]), shift, seed),
         Pictures(_Tensors(pictures[test], targets[test]), _identity),
         10,
+        _preprocessing(size, size, [float(mean) / INK] * 3, [float(std) / INK] * 3),
     )
 
 
@@ -203,13 +222,15 @@ def _cifar10(folder: Path, size: int, seed: int) -> Data:
     mean = train.pictures.mean((0, 2, 3), dtype=torch.float32).view(3, 1, 1)
     std = (train.pictures.float() - mean).square().mean((0, 2, 3)).sqrt().view(3, 1, 1)
     augmented, plain = (_CifarTransform(mean, std, size, augment) for augment in (True, False))
-    return Data("cifar10", Pictures(train, augmented, seed), Pictures(test, plain), 10)
+    preprocessing = _preprocessing(size, size, mean.flatten() / 255, std.flatten() / 255)
+    return Data("cifar10", Pictures(train, augmented, seed), Pictures(test, plain), 10, preprocessing)
 
 
 def _imagefolder(folder: Path, size: int, seed: int) -> Data:
     """``folder/train/CLASS/*`` and ``folder/val/CLASS/*`` with the usual ImageNet transforms."""
     torchvision = _need("torchvision", "torchvision", "an image folder")
     transforms = torchvision.transforms
+    resize = size * 256 // 224
     normalize = transforms.Normalize(IMAGENET_CFG["mean"], IMAGENET_CFG["std"])
     augment = transforms.Compose(
         [
@@ -221,7 +242,7 @@ def _imagefolder(folder: Path, size: int, seed: int) -> Data:
     )
     plain = transforms.Compose(
         [
-            transforms.Resize(size * 256 // 224),
+            transforms.Resize(resize),
             transforms.CenterCrop(size),
             transforms.ToTensor(),
             normalize,
@@ -234,4 +255,5 @@ def _imagefolder(folder: Path, size: int, seed: int) -> Data:
         raise DataError(f"{folder} is no image folder (train/CLASS/* and val/CLASS/*): {error}") from None
     if train.classes != test.classes:
         raise DataError(f"{folder}: train has the classes {train.classes}, val has {test.classes}")
-    return Data("imagefolder", Pictures(train, augment, seed), Pictures(test, plain), len(train.classes))
+    preprocessing = _preprocessing(resize, size, IMAGENET_CFG["mean"], IMAGENET_CFG["std"])
+    return Data("imagefolder", Pictures(train, augment, seed), Pictures(test, plain), len(train.classes), preprocessing)

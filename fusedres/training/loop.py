@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, DistributedSampler, Subset
 
+from fusedres import card
 from fusedres.training import workers
 from fusedres.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from fusedres.training.data import Data, Pictures
@@ -169,7 +170,7 @@ class _Run:
         state = {
             "settings": dataclasses.asdict(self.settings),
             "step": self.step,
-            "model": self.model.state_dict(),
+            "model": described_state(self.model, self.settings, self.data),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
@@ -191,6 +192,13 @@ class _Run:
         if self.device.type == "cuda":
             torch.cuda.set_rng_state_all(state["rng"]["cuda"])
         self.history = History.of(state["history"])
+
+
+def described_state(model: nn.Module, settings: Settings, data: Data) -> dict[str, Any]:
+    """The state_dict of ``model``, with a card of what it is and how its pictures are made."""
+    state = model.state_dict()
+    card.attach(card.Card(settings.arch, data.preprocessing), state)
+    return state
 
 
 def _autocast(device: torch.device, amp: bool) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,18 @@ from fusedres.training.history import COLUMNS, History
 
 def write_metrics(history: History, settings: dict[str, Any], machine: dict[str, Any], out: Path) -> None:
     """``metrics.csv`` (a row an epoch) and ``metrics.json`` (that, every step's loss, the settings, the machine)."""
-    table = io.StringIO()
-    writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(history.epochs)
     record = {"settings": settings, "machine": machine, "epochs": history.epochs, "step_loss": history.loss}
-    write_atomically(out / "metrics.csv", lambda file: file.write(table.getvalue().encode()))
+    write_atomically(out / "metrics.csv", lambda file: file.write(as_csv(COLUMNS, history.epochs)))
     write_atomically(out / "metrics.json", lambda file: file.write(json.dumps(record, indent=1).encode()))
+
+
+def as_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> bytes:
+    """The rows as a CSV file; what a row lacks stays empty."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return table.getvalue().encode()
 
 
 def plot_curve(history: History, title: str, path: Path) -> bool:
