@@ -94,3 +94,11 @@ def bound(launches: Iterable[Launch], roof: Roof) -> Bound:
         sum(max(time) for time in times),
         sum(traffic for traffic, product in times if traffic >= product),
     )
+
+
+def by_layer(launches: Iterable[Launch], roof: Roof) -> dict[str, Bound]:
+    """The bound of each layer, its forward and its backward together, in the order of the network."""
+    layers: dict[str, list[Launch]] = {}
+    for launch in launches:
+        layers.setdefault(launch.layer, []).append(launch)
+    return {layer: bound(part, roof) for layer, part in layers.items()}

@@ -1,0 +1,155 @@
+"""A benchmark as one HTML page that needs nothing else: figures and tables, no script, for a desk and a phone."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+
+from fusedres.cli import plot, results, tables
+from fusedres.cli.plot import Drawn
+from fusedres.cli.results import Result, Row
+from fusedres.cli.tables import Table
+
+_STYLE = """
+:root { color-scheme: light; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 72rem; padding: 1rem; background: #fff; color: #1c2430;
+  font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.6rem; line-height: 1.2; margin: .5rem 0; }
+h2 { font-size: 1.25rem; margin: 2.5rem 0 .5rem; padding-top: .5rem; border-top: 2px solid #1f6fb4; }
+h3 { font-size: 1rem; margin: 1.5rem 0 .25rem; }
+p, dl { margin: .25rem 0 .75rem; max-width: 46rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem; }
+dt { color: #5b6675; } dd { margin: 0; overflow-wrap: anywhere; }
+nav a { margin-right: 1rem; white-space: nowrap; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1.5rem; }
+figure { margin: 0; max-width: 32rem; } figure img { width: 100%; height: auto; display: block; }
+figcaption { color: #5b6675; font-size: .875rem; }
+.headline { display: flex; flex-wrap: wrap; gap: .75rem; padding: 0; margin: .75rem 0; list-style: none; }
+.headline li { border: 1px solid #d5dae1; border-radius: .5rem; padding: .5rem .9rem; }
+.headline b { display: block; font-size: 1.5rem; line-height: 1.2; color: #1f6fb4; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #e4e8ed; }
+th { color: #5b6675; font-weight: 600; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; position: sticky; left: 0; background: #fff; }
+details { margin: .75rem 0; } summary { cursor: pointer; color: #1f6fb4; }
+"""
+
+
+def write(path: Path, found: Sequence[Result]) -> list[Path]:
+    """The page of all results to ``path``, their figures as .png and .svg beside it. All files written."""
+    path.write_text(page(found), encoding="utf-8")
+    return [path, *plot.save_all(found, _folder(path.with_suffix("")))]
+
+
+def _folder(path: Path) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def page(found: Sequence[Result]) -> str:
+    """The whole document."""
+    title = "fusedres, measured"
+    body = "".join(_result(result, i) for i, result in enumerate(found))
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n"
+        "<p>ResNets in eager PyTorch, by every peer that was installed, and fused; in each round all take a turn.</p>\n"
+        f"{body}</body>\n</html>\n"
+    )
+
+
+def _result(result: Result, index: int) -> str:
+    anchors = {f"result{index}-{i}": network for i, network in enumerate(result["networks"])}
+    links = [(anchor, network["arch"]) for anchor, network in anchors.items()]
+    if result.get("scaling"):
+        links.append((f"result{index}-scaling", "scaling"))
+    nav = "".join(f'<a href="#{anchor}">{escape(text)}</a>' for anchor, text in links)
+    parts = [f"<section>\n<h2>{escape(results.machine_name(result))}</h2>\n{_facts(result)}<nav>{nav}</nav>\n"]
+    parts += [_network(result, network, anchor) for anchor, network in anchors.items()]
+    if result.get("scaling"):
+        parts.append(f'<h2 id="result{index}-scaling">Scaling</h2>\n{_scaling_verdict(result)}')
+        parts.append(_figures(plot.scaling_figures(result)))
+        parts += [_details(table) for table in tables.scaling_tables(result)]
+    return "".join([*parts, "</section>\n"])
+
+
+def _facts(result: Result) -> str:
+    versions = {name: version for name, version in result["versions"].items() if version}
+    load = result.get("load")
+    facts = {
+        "measured": f"{result['date']}, commit {result['commit'] or 'unknown'}",
+        "machine": result["machine"]["system"],
+        "numbers": f"{result['settings']['dtype']}, memory mode {result['settings']['memory']}",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+    }
+    if load:
+        before, after = (f"{load[when][0]:.1f}" for when in ("before", "after"))
+        facts["load"] = f"{before} processes a minute before, {after} after, on {result['machine']['cores']} cores"
+    if "roof" in result:
+        roof = result["roof"]
+        facts["roof"] = (
+            f"{roof['bytes_per_s'] / 1e9:.1f} GB/s, {roof['flops_per_s'] / 1e9:.0f} GFLOP/s ({roof['source']})"
+        )
+    items = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts.items())
+    return f"<dl>{items}</dl>\n<p>{escape(tables.how(result))}</p>\n"
+
+
+def _network(result: Result, network: Row, anchor: str) -> str:
+    size = network["image_size"]
+    headline = "".join(
+        f"<li><b>{t['ratio']:.2f}x</b>{escape(t['mode'])}, batch {t['batch']}</li>" for t in network["timings"]
+    )
+    times, *others = tables.network_tables(result, network)
+    left_out = "".join(
+        f"<li>{escape(one['peer'])} in {escape(one['mode'])}: {escape(one['why'])}</li>"
+        for one in network.get("left_out", ())
+    )
+    return (
+        f'<h2 id="{anchor}">{escape(network["arch"])}, {size}x{size}</h2>\n'
+        f'<p>Speed-up of fused over the faster of eager\'s two layouts:</p>\n<ul class="headline">{headline}</ul>\n'
+        f"{_figures(plot.network_figures(result, network))}"
+        f"<h3>{escape(times[0])}</h3>\n{_table(times)}"
+        f"{''.join(_details(table) for table in others)}"
+        f"{_details(tables.proof_table(network['proof']))}"
+        + (f"<details><summary>who took no part, and why</summary><ul>{left_out}</ul></details>\n" if left_out else "")
+    )
+
+
+def _scaling_verdict(result: Result) -> str:
+    worse = [
+        table[0]
+        for table in tables.scaling_tables(result)
+        if any("faster:" in cell for row in table[2] for cell in row)
+    ]
+    if not worse:
+        return "<p>Nowhere did the fused time grow faster than eager's by more than the spread of the rounds.</p>\n"
+    where = "; ".join(worse)
+    return f"<p>The fused time grew faster than eager's in: {escape(where)}. The tables say from where to where.</p>\n"
+
+
+def _figures(drawn: Iterable[Drawn]) -> str:
+    return f'<div class="figures">\n{"".join(map(_figure, drawn))}</div>\n'
+
+
+def _figure(drawn: Drawn) -> str:
+    data = base64.b64encode(drawn.svg()).decode()
+    return (
+        f'<figure><h3>{escape(drawn.title)}</h3><img alt="{escape(drawn.title)}; the tables below have the figures"'
+        f' src="data:image/svg+xml;base64,{data}"><figcaption>{escape(drawn.caption)}</figcaption></figure>\n'
+    )
+
+
+def _details(table: Table) -> str:
+    return f"<details><summary>{escape(table[0])}</summary>{_table(table)}</details>\n"
+
+
+def _table(table: Table) -> str:
+    _, columns, rows = table
+    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>\n'
