@@ -48,7 +48,7 @@ def pair(eager: nn.Module, fused: nn.Module) -> dict[str, nn.Module]:
             nn.init.normal_(module.weight, 1, 0.3)
             nn.init.normal_(module.bias, 0, 0.1)
     fused.load_state_dict(copy.deepcopy(eager.state_dict()))
-    return {"eager": eager.to(memory_format=torch.channels_last), "fused": fused}
+    return {k: m.to(memory_format=torch.channels_last) for k, m in (("eager", eager), ("fused", fused))}
 
 
 def step(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:

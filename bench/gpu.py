@@ -55,7 +55,7 @@ def contestants(args: argparse.Namespace) -> dict[str, nn.Module]:
     import torchvision
 
     eager, fused = (getattr(family, args.arch)() for family in (torchvision.models, fusedres))
-    models = {k: m.cuda().to(memory_format=torch.channels_last) for k, m in pair(eager, fused).items()}
+    models = {k: m.cuda() for k, m in pair(eager, fused).items()}
     if args.compile:
         models["compiled"] = torch.compile(copy.deepcopy(models["eager"]), mode="max-autotune")
     return models

@@ -36,13 +36,12 @@ def named(name: str) -> Peer:
 
 
 @pytest.mark.parametrize("name", ["ONNX Runtime CPU", "OpenVINO", "timm"])
-@pytest.mark.parametrize("batch", [1, 3])
-def test_a_peer_computes_what_eager_computes(name: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_computes_what_eager_computes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in named(name).needs:
         pytest.importorskip(package, reason=f"needs {package}")
     only(monkeypatch, named(name))
     made = contest_of("resnet18")
-    x, target = made.inputs(batch, 64, None)
+    x, target = made.inputs(1, 64, None)  # one picture: an exporter could take it for a constant
     made.invite(EVAL, x)
     (verdict,) = proof.admit(made, EVAL, x, target)
     assert verdict.holds, made.left_out
@@ -207,7 +206,7 @@ def test_everything_in_one_run(quick: None, tmp_path: Path, capsys: pytest.Captu
     assert [(row["mode"], row["value"]) for row in result["scaling"]] == [(m, n) for m in (EVAL, TRAIN) for n in (2, 4)]
     assert all(row["saved_bytes"][FUSED] < row["saved_bytes"][CHANNELS_LAST] for row in result["scaling"][2:])
     assert sum(block["count"] for block in resnet["blocks"] if block["mode"] == EVAL) == 9
-    assert plain["blocks"] == []
+    assert sum(block["count"] for block in plain["blocks"] if block["mode"] == EVAL) == 18
     for shown in ("again", "its logits differ", "scaling with batch: train", "blocks: measured"):
         assert shown in out
     assert path.with_suffix(".html").exists()

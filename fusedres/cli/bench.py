@@ -87,19 +87,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _write(args: argparse.Namespace, result: Result) -> None:
-    written, drawn = [args.json] if args.json else [], [args.plot] if args.plot else []
-    if args.results:
-        written.append(results.stored_under(args.results, result))
-    for path in written:
+    stored = results.stored_under(args.results, result) if args.results else None
+    for path in filter(None, (args.json, stored)):
         common.writable_file(path).write_text(json.dumps(result, indent=1) + "\n")
+        print(f"\nwritten: {path}")
     if args.plot:
         plot.draw(result, args.plot)
-    if args.results:
-        drawn += page.write(written[-1].with_suffix(".html"), [result])
-    for path in written:
-        print(f"\nwritten: {path}")
-    for path in drawn:
-        print(f"drawn: {path}")
+        print(f"drawn: {args.plot}")
+    if stored:
+        (drawn,) = page.draw([result])
+        stored.with_suffix(".html").write_text(page.page([result], [drawn]), encoding="utf-8")
+        plot.save(drawn, common.writable_folder(stored.with_suffix("")))
+        print(f"drawn: {stored.with_suffix('.html')}, figures in {stored.with_suffix('')}")
 
 
 def _measure(args: argparse.Namespace, device: torch.device, result: Result) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterable, Sequence
 from html import escape
-from pathlib import Path
 
 from fusedres.cli import plot, results, tables
 from fusedres.cli.plot import Drawn
@@ -24,8 +23,8 @@ p, dl { margin: .25rem 0 .75rem; max-width: 46rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem; }
 dt { color: #5b6675; } dd { margin: 0; overflow-wrap: anywhere; }
 nav a { margin-right: 1rem; white-space: nowrap; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1.5rem; }
-figure { margin: 0; max-width: 32rem; } figure img { width: 100%; height: auto; display: block; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1.5rem; }
+figure { margin: 0; max-width: 29rem; } figure img { width: 100%; height: auto; display: block; }
 figcaption { color: #5b6675; font-size: .875rem; }
 .headline { display: flex; flex-wrap: wrap; gap: .75rem; padding: 0; margin: .75rem 0; list-style: none; }
 .headline li { border: 1px solid #d5dae1; border-radius: .5rem; padding: .5rem .9rem; }
@@ -39,21 +38,15 @@ details { margin: .75rem 0; } summary { cursor: pointer; color: #1f6fb4; }
 """
 
 
-def write(path: Path, found: Sequence[Result]) -> list[Path]:
-    """The page of all results to ``path``, their figures as .png and .svg beside it. All files written."""
-    path.write_text(page(found), encoding="utf-8")
-    return [path, *plot.save_all(found, _folder(path.with_suffix("")))]
+def draw(found: Sequence[Result]) -> list[list[Drawn]]:
+    """The figures of each result; their names tell the results apart where there are several."""
+    return [list(plot.figures(r, f"{i}-" if len(found) > 1 else "")) for i, r in enumerate(found, 1)]
 
 
-def _folder(path: Path) -> Path:
-    path.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-def page(found: Sequence[Result]) -> str:
-    """The whole document."""
+def page(found: Sequence[Result], drawn: Sequence[Sequence[Drawn]]) -> str:
+    """The whole document; ``drawn`` are the figures of each result."""
     title = "fusedres, measured"
-    body = "".join(_result(result, i) for i, result in enumerate(found))
+    body = "".join(_result(f"result{i}", *both) for i, both in enumerate(zip(found, drawn, strict=True)))
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -63,19 +56,20 @@ def page(found: Sequence[Result]) -> str:
     )
 
 
-def _result(result: Result, index: int) -> str:
-    anchors = {f"result{index}-{i}": network for i, network in enumerate(result["networks"])}
-    links = [(anchor, network["arch"]) for anchor, network in anchors.items()]
+def _result(anchor: str, result: Result, drawn: Sequence[Drawn]) -> str:
+    sections = {network["arch"]: _network(result, network, drawn) for network in result["networks"]}
     if result.get("scaling"):
-        links.append((f"result{index}-scaling", "scaling"))
-    nav = "".join(f'<a href="#{anchor}">{escape(text)}</a>' for anchor, text in links)
-    parts = [f"<section>\n<h2>{escape(results.machine_name(result))}</h2>\n{_facts(result)}<nav>{nav}</nav>\n"]
-    parts += [_network(result, network, anchor) for anchor, network in anchors.items()]
-    if result.get("scaling"):
-        parts.append(f'<h2 id="result{index}-scaling">Scaling</h2>\n{_scaling_verdict(result)}')
-        parts.append(_figures(plot.scaling_figures(result)))
-        parts += [_details(table) for table in tables.scaling_tables(result)]
-    return "".join([*parts, "</section>\n"])
+        sections["Scaling"] = (
+            _scaling_verdict(result)
+            + _figures(one for one in drawn if one.about == plot.SCALING)
+            + "".join(map(_details, tables.scaling_tables(result)))
+        )
+    nav = "".join(f'<a href="#{anchor}-{i}">{escape(title)}</a>' for i, title in enumerate(sections))
+    body = "".join(
+        f'<h2 id="{anchor}-{i}">{escape(title)}</h2>\n{content}' for i, (title, content) in enumerate(sections.items())
+    )
+    head = f"<h2>{escape(results.machine_name(result))}</h2>\n{_facts(result)}<nav>{nav}</nav>\n"
+    return f"<section>\n{head}{body}</section>\n"
 
 
 def _facts(result: Result) -> str:
@@ -99,8 +93,7 @@ def _facts(result: Result) -> str:
     return f"<dl>{items}</dl>\n<p>{escape(tables.how(result))}</p>\n"
 
 
-def _network(result: Result, network: Row, anchor: str) -> str:
-    size = network["image_size"]
+def _network(result: Result, network: Row, drawn: Sequence[Drawn]) -> str:
     headline = "".join(
         f"<li><b>{t['ratio']:.2f}x</b>{escape(t['mode'])}, batch {t['batch']}</li>" for t in network["timings"]
     )
@@ -110,9 +103,8 @@ def _network(result: Result, network: Row, anchor: str) -> str:
         for one in network.get("left_out", ())
     )
     return (
-        f'<h2 id="{anchor}">{escape(network["arch"])}, {size}x{size}</h2>\n'
         f'<p>Speed-up of fused over the faster of eager\'s two layouts:</p>\n<ul class="headline">{headline}</ul>\n'
-        f"{_figures(plot.network_figures(result, network))}"
+        f"{_figures(one for one in drawn if one.about == network['arch'])}"
         f"<h3>{escape(times[0])}</h3>\n{_table(times)}"
         f"{''.join(_details(table) for table in others)}"
         f"{_details(tables.proof_table(network['proof']))}"

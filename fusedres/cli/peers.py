@@ -207,14 +207,14 @@ def with_apex_blocks(model: nn.Module, block_type: type[nn.Module]) -> nn.Module
         for i, block in enumerate(stage):
             if block.stride == 1:
                 width, outplanes, inplanes = block.conv2.out_channels, block.conv3.out_channels, block.conv1.in_channels
-                twin = block_type(inplanes, width, outplanes, use_cudnn=True)
+                twin = block_type(inplanes, width, outplanes, use_cudnn=True).to(block.conv1.weight)
                 state = block.state_dict()
                 for name, bn in block.named_modules():  # its frozen BN has no eps
                     if isinstance(bn, nn.BatchNorm2d) and bn.running_var is not None:
                         state[f"{name}.running_var"] = bn.running_var + bn.eps
                         del state[f"{name}.num_batches_tracked"]
                 twin.load_state_dict(state)
-                stage[i] = twin.to(block.conv1.weight).to(memory_format=torch.channels_last)
+                stage[i] = twin.to(memory_format=torch.channels_last)
     return model
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +15,9 @@ from fusedres.cli.results import Result, Row
 
 COLORS = {NCHW: "#c4c9d1", CHANNELS_LAST: "#8d96a5", FUSED: "#1f6fb4"}
 PEER = "#d9a441"
+SCALING = "scaling"
 SUFFIXES = (".png", ".svg", ".pdf")
-WIDTH = 4.6  # inches
+WIDTH = 4.0  # inches
 
 STYLE: dict[Any, Any] = {
     "font.size": 9,
@@ -31,9 +33,10 @@ STYLE: dict[Any, Any] = {
 
 
 class Drawn(NamedTuple):
-    """A figure: its file's stem, its title, what it shows in a sentence."""
+    """A figure: its file's stem, the network that it is about or SCALING, its title, a sentence on what it shows."""
 
     name: str
+    about: str
     title: str
     caption: str
     figure: Any
@@ -56,52 +59,57 @@ def check(path: Path | None = None) -> None:
 
 
 def draw(result: Result, path: Path) -> None:
-    """Draw the times of every network of ``result`` to ``path``."""
-    panels = [(network, timing) for network in result["networks"] for timing in network["timings"]]
-    figure, axes = _figure([len(timing["median_s"]) for _, timing in panels])
-    for (network, timing), axis in zip(panels, axes, strict=True):
-        _bars(axis, timing, f"{network['arch']}, {network['image_size']}x{network['image_size']}, ")
-    figure.suptitle(f"{results.machine_name(result)}, {result['settings']['dtype']}", fontsize=9)
-    figure.savefig(path, dpi=160)
+    """Draw the ratios of every network of ``result`` to ``path``."""
+    titled = {f"{n['arch']}, {n['image_size']}x{n['image_size']}, ": n for n in result["networks"]}
+    with _style():
+        figure = _ratios(titled)
+        figure.suptitle(f"{results.machine_name(result)}, {result['settings']['dtype']}", fontsize=9)
+        figure.savefig(path, dpi=160)
 
 
-def save_all(found: Sequence[Result], folder: Path) -> list[Path]:
-    """Every figure of every result as .png and .svg in ``folder``."""
+def save(drawn: Iterable[Drawn], folder: Path) -> list[Path]:
+    """Every figure as .png and .svg in ``folder``."""
     paths = []
-    for i, result in enumerate(found):
-        for drawn in figures(result):
-            stem = drawn.name if len(found) == 1 else f"{i + 1}-{drawn.name}"
-            for suffix in (".png", ".svg"):
-                paths.append(folder / f"{stem}{suffix}")
-                drawn.figure.savefig(paths[-1], dpi=160)
+    for one in drawn:
+        paths += [folder / f"{one.name}.svg", folder / f"{one.name}.png"]
+        paths[-2].write_bytes(one.svg())
+        one.figure.savefig(paths[-1], dpi=160)
     return paths
 
 
-def figures(result: Result) -> Iterator[Drawn]:
-    """Every figure that ``result`` has the measurements for."""
-    for network in result["networks"]:
-        yield from network_figures(result, network)
-    yield from scaling_figures(result)
+def figures(result: Result, prefix: str = "") -> Iterator[Drawn]:
+    """Every figure that ``result`` has the measurements for; ``prefix`` begins the stems."""
+    with _style():
+        for network in result["networks"]:
+            yield from _network_figures(prefix, result, network)
+        yield from _scaling_figures(prefix, result)
 
 
-def network_figures(result: Result, network: Row) -> Iterator[Drawn]:
-    """The figures of one network."""
-    arch, timings = network["arch"], network["timings"]
-    figure, axes = _figure([len(timing["median_s"]) for timing in timings])
-    for timing, axis in zip(timings, axes, strict=True):
-        _bars(axis, timing)
-    caption = "Median milliseconds, with how many times longer than fused. The whisker is the spread over the rounds."
-    yield Drawn(f"{arch}-times", f"{arch}: time", caption, figure)
+@contextmanager
+def _style() -> Iterator[None]:
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        yield
+
+
+def _network_figures(prefix: str, result: Result, network: Row) -> Iterator[Drawn]:
+    arch = network["arch"]
+    caption = "How many times longer than fused each takes: the median over the rounds, its spread, and milliseconds."
+    stem = f"{prefix}{arch}"
+    yield Drawn(f"{stem}-ratios", arch, f"{arch}: time", caption, _ratios({"": network}))
     if network.get("blocks") and "roof" in result:
         yield Drawn(
-            f"{arch}-traffic",
+            f"{stem}-traffic",
+            arch,
             f"{arch}: time against memory traffic",
             "Each distinct block, eager joined to fused. The line is the time that its traffic needs at the bandwidth"
             " of a large copy: what lies below it was served by caches.",
             _traffic(network["blocks"], result["roof"]),
         )
         yield Drawn(
-            f"{arch}-roofline",
+            f"{stem}-roofline",
+            arch,
             f"{arch}: roofline",
             "Each distinct block: floating-point operations a byte of planned traffic, and how many of them a second."
             " The line is what this machine's copy and matrix product reach.",
@@ -109,51 +117,69 @@ def network_figures(result: Result, network: Row) -> Iterator[Drawn]:
         )
     if network["saved_bytes_per_image"]:
         caption = "Activations kept from forward to backward, MB an image."
-        yield Drawn(f"{arch}-memory", f"{arch}: memory", caption, _memory(network["saved_bytes_per_image"]))
+        yield Drawn(f"{stem}-memory", arch, f"{arch}: memory", caption, _memory(network["saved_bytes_per_image"]))
 
 
-def scaling_figures(result: Result) -> Iterator[Drawn]:
-    """A figure for each axis of the scaling."""
+def _scaling_figures(prefix: str, result: Result) -> Iterator[Drawn]:
     axes = dict.fromkeys(row["axis"] for row in result.get("scaling", ()))
     for axis in axes:
         rows = [row for row in result["scaling"] if row["axis"] == axis]
         caption = "Median time of a call, and activations kept for backward; both axes logarithmic."
-        yield Drawn(f"scaling-{axis.replace(' ', '-')}", f"Scaling with {axis}", caption, _scaling(axis, rows))
+        stem = f"{prefix}{SCALING}-{axis.replace(' ', '-')}"
+        yield Drawn(stem, SCALING, f"Scaling with {axis}", caption, _scaling(axis, rows))
 
 
 def _figure(bars: Sequence[int]) -> tuple[Any, list[Any]]:
     """A figure with a panel for each group of that many bars."""
-    pyplot = _pyplot()
     heights = [0.62 + 0.24 * count for count in bars]
-    figure, axes = pyplot.subplots(
-        len(bars), 1, figsize=(WIDTH, sum(heights)), squeeze=False, gridspec_kw={"height_ratios": heights}
-    )
-    return figure, list(axes[:, 0])
+    return _panels(sum(heights), len(bars), height_ratios=heights)
 
 
-def _pyplot() -> Any:
-    import matplotlib
+def _panels(height: float, count: int = 1, **options: Any) -> tuple[Any, list[Any]]:
+    """A figure of ``count`` panels, one below the other."""
+    from matplotlib.figure import Figure  # not pyplot: it would keep every figure alive
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    matplotlib.rcParams.update(STYLE)
-    pyplot.close("all")
-    return pyplot
+    figure = Figure(figsize=(WIDTH, height))
+    return figure, list(figure.subplots(count, 1, squeeze=False, **options)[:, 0])
 
 
-def _bars(axis: Any, timing: Row, title: str = "") -> None:
-    """A bar for each contestant, the shortest the best, with its ratio to fused."""
+def _logarithmic(*axes: Any) -> None:
+    """Scale them so, with ticks at 1, 2 and 5 that read as plain numbers."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    for axis in axes:
+        axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter("{x:g}")
+
+
+def _ratios(titled: Mapping[str, Row]) -> Any:
+    """The bars of networks, by what their titles begin with, all to one scale."""
+    panels = [(title, timing) for title, network in titled.items() for timing in network["timings"]]
+    figure, axes = _figure([len(timing["median_s"]) for _, timing in panels])
+    longest = max(1.0, *(ratio for _, timing in panels for ratio in timing["ratio_to"].values()))
+    for (title, timing), axis in zip(panels, axes, strict=True):
+        _bars(axis, title, timing)
+        axis.set_xlim(0, 1.9 * longest)
+    return figure
+
+
+def _bars(axis: Any, title: str, timing: Row) -> None:
+    """A bar for each contestant: how many times longer than fused it takes, with the spread over the rounds."""
     names = tables.contestants([timing])
-    times = [1e3 * timing["median_s"][name] for name in names]
-    whiskers = [1e3 * timing["median_s"][FUSED] * timing["spread"].get(name, 0) / 2 for name in names]
+    ratios = [timing["ratio_to"].get(name, 1.0) for name in names]
+    whiskers = [timing["spread"].get(name, 0.0) / 2 for name in names]
     colors = [COLORS.get(name, PEER) for name in names]
-    bars = axis.barh(names, times, xerr=whiskers, color=colors, height=0.72, error_kw={"lw": 0.8, "alpha": 0.6})
-    ratios = [f"{timing['ratio_to'][name]:.2f}x" if name != FUSED else "" for name in names]
-    axis.bar_label(bars, [f"{ms:.1f}  {ratio}" for ms, ratio in zip(times, ratios, strict=True)], padding=6, fontsize=8)
-    axis.set_title(f"{title}{timing['mode']}, batch {timing['batch']}: {timing['ratio']:.2f}x eager's speed")
-    axis.set_xlim(0, 1.4 * max(times))
-    axis.set_xlabel("ms", loc="right", fontsize=8, labelpad=-8)
+    bars = axis.barh(names, ratios, xerr=whiskers, color=colors, height=0.72, error_kw={"lw": 0.8, "alpha": 0.6})
+    labels = [
+        f"{ratio:.2f}x  {1e3 * timing['median_s'][name]:.1f} ms" for name, ratio in zip(names, ratios, strict=True)
+    ]
+    axis.bar_label(bars, labels, padding=6, fontsize=8)
+    axis.axvline(1, color=COLORS[FUSED], lw=0.8, ls=":", zorder=0)
+    axis.set_title(f"{title}{timing['mode']}, batch {timing['batch']}")
+    axis.tick_params(axis="y", labelsize=8)
+    axis.margins(y=0.02)
     axis.invert_yaxis()
 
 
@@ -162,9 +188,9 @@ def _by_mode(blocks: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def _traffic(blocks: Sequence[Row], roof: Row) -> Any:
-    pyplot, modes = _pyplot(), _by_mode(blocks)
-    figure, axes = pyplot.subplots(len(modes), 1, figsize=(WIDTH, 2.6 * len(modes)), squeeze=False)
-    for axis, (mode, rows) in zip(axes[:, 0], modes.items(), strict=True):
+    modes = _by_mode(blocks)
+    figure, axes = _panels(2.6 * len(modes), len(modes))
+    for axis, (mode, rows) in zip(axes, modes.items(), strict=True):
         points = {
             who: [(row["plans"][who]["bytes"] / 1e6, 1e3 * row["median_s"][who]) for row in rows]
             for who in (CHANNELS_LAST, FUSED)
@@ -177,14 +203,15 @@ def _traffic(blocks: Sequence[Row], roof: Row) -> Any:
         axis.plot(
             ends, [1e9 * x / roof["bytes_per_s"] for x in ends], color="black", lw=0.8, ls="--", label="bandwidth"
         )
-        axis.set(xscale="log", yscale="log", ylabel="ms", title=f"{mode}, batch {rows[0]['input'][0]}")
-    axes[0, 0].legend()
-    axes[-1, 0].set_xlabel("MB of planned traffic")
+        axis.set(ylabel="ms", title=f"{mode}, batch {rows[0]['input'][0]}")
+        _logarithmic(axis.xaxis, axis.yaxis)
+    axes[0].legend()
+    axes[-1].set_xlabel("MB of planned traffic")
     return figure
 
 
 def _roofline(blocks: Sequence[Row], roof: Row) -> Any:
-    figure, axis = _pyplot().subplots(figsize=(WIDTH, 3.2))
+    figure, (axis,) = _panels(3.2)
     markers = {"eval": "o", "train": "^"}
     intensities = []
     for mode, rows in _by_mode(blocks).items():
@@ -197,7 +224,8 @@ def _roofline(blocks: Sequence[Row], roof: Row) -> Any:
     peak, bandwidth = roof["flops_per_s"], roof["bytes_per_s"]
     x = sorted([min(intensities) / 1.5, peak / bandwidth, max(*intensities, peak / bandwidth) * 1.5])
     axis.plot(x, [1e-9 * min(peak, bandwidth * i) for i in x], color="black", lw=0.8, ls="--", label="roof")
-    axis.set(xscale="log", yscale="log", xlabel="FLOP / byte", ylabel="GFLOP/s")
+    axis.set(xlabel="FLOP / byte", ylabel="GFLOP/s")
+    _logarithmic(axis.xaxis, axis.yaxis)
     axis.legend()
     return figure
 
@@ -210,14 +238,14 @@ def _memory(saved: dict[str, float]) -> Any:
     colors = [COLORS[CHANNELS_LAST] if key == "eager" else COLORS[FUSED] for key in names]
     bars = axis.barh(list(names.values()), values, color=colors, height=0.72)
     axis.bar_label(bars, [f"{v:.1f}  {v / values[0]:.0%}" for v in values], padding=4, fontsize=8)
-    axis.set_xlim(0, 1.3 * max(values))
-    axis.set_xlabel("MB an image", loc="right", fontsize=8)
+    axis.set_xlim(0, 1.35 * max(values))
+    axis.set_title("MB an image")
     axis.invert_yaxis()
     return figure
 
 
 def _scaling(name: str, rows: Sequence[Row]) -> Any:
-    figure, (time, memory) = _pyplot().subplots(2, 1, figsize=(WIDTH, 5), sharex=True, height_ratios=(3, 2))
+    figure, (time, memory) = _panels(5, 2, sharex=True, height_ratios=(3, 2))
     styles = {"eval": "o-", "train": "^-"}
     for (_, mode), points in scaling.series(rows).items():
         values = [row["value"] for row in points]
@@ -229,7 +257,8 @@ def _scaling(name: str, rows: Sequence[Row]) -> Any:
                 memory.plot(values, [row["saved_bytes"][who] / 1e6 for row in points], styles[mode], **style)
     ticks = sorted({row["value"] for row in rows})
     for axis, label in ((time, "ms"), (memory, "MB kept for backward")):
-        axis.set(xscale="log", yscale="log", ylabel=label)
+        axis.set_ylabel(label)
+        _logarithmic(axis.xaxis, axis.yaxis)
     memory.set_xticks(ticks, [str(tick) for tick in ticks])
     memory.minorticks_off()
     memory.set_xlabel(name)

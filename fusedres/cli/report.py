@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,12 +47,13 @@ def run(args: argparse.Namespace) -> int:
         plot.draw(found[0], common.writable_file(args.plot))
     if args.into:
         put_into(args.into, found[0])
+    if args.html or args.plots:
+        plot.check()
+        drawn = page.draw(found)
     if args.html:
-        plot.check()
-        page.write(common.writable_file(args.html), found)
+        common.writable_file(args.html).write_text(page.page(found, drawn), encoding="utf-8")
     if args.plots:
-        plot.check()
-        plot.save_all(found, common.writable_folder(args.plots))
+        plot.save(itertools.chain(*drawn), common.writable_folder(args.plots))
     if not any((args.plot, args.into, args.html, args.plots)):
         for result in found:
             show(result)
