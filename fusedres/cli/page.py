@@ -98,10 +98,7 @@ def _network(result: Result, network: Row, drawn: Sequence[Drawn]) -> str:
         f"<li><b>{t['ratio']:.2f}x</b>{escape(t['mode'])}, batch {t['batch']}</li>" for t in network["timings"]
     )
     times, *others = tables.network_tables(result, network)
-    left_out = "".join(
-        f"<li>{escape(one['peer'])} in {escape(one['mode'])}: {escape(one['why'])}</li>"
-        for one in network.get("left_out", ())
-    )
+    left_out = "".join(f"<li>{escape(line)}</li>" for line in tables.left_out(network))
     return (
         f'<p>Speed-up of fused over the faster of eager\'s two layouts:</p>\n<ul class="headline">{headline}</ul>\n'
         f"{_figures(one for one in drawn if one.about == network['arch'])}"

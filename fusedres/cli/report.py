@@ -83,7 +83,7 @@ def show(result: Result) -> None:
     for network in result["networks"]:
         for table in tables.network_tables(result, network):
             console.table(*table)
-        for one in network.get("left_out", ()):
-            print(f"  without {one['peer']} in {one['mode']}: {one['why']}")
+        for line in tables.left_out(network):
+            print(f"  without {line}")
     for table in tables.scaling_tables(result):
         console.table(*table)

@@ -118,6 +118,14 @@ def _blocks(blocks: Sequence[Row]) -> tuple[tuple[str, ...], Rows]:
     return columns, rows
 
 
+def left_out(network: Row) -> list[str]:
+    """Which peers took no part, a line for each mode and reason."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for one in network.get("left_out", ()):
+        found.setdefault((one["mode"], one["why"]), []).append(one["peer"])
+    return [f"{', '.join(peers)} in {mode}: {why}" for (mode, why), peers in found.items()]
+
+
 def scaling_tables(result: Result) -> list[Table]:
     """A table for each axis and mode; the last column says where fused grew faster than eager."""
     tables = []
