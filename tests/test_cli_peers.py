@@ -186,6 +186,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     points = tuple(Point(n, "cifar_resnet20", n, 32) for n in (2, 4))
     monkeypatch.setattr(scaling, "AXES", {"batch": points})
     monkeypatch.setattr(roofline, "_COPIED_BYTES", 4 << 20)
+    monkeypatch.setattr(roofline, "_ROUNDS", 2)
 
 
 def test_everything_in_one_run(quick: None, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

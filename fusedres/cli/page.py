@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 from fusedres.cli import plot, results, tables
+from fusedres.cli.contest import EAGER
 from fusedres.cli.plot import Drawn
 from fusedres.cli.results import Result, Row
 from fusedres.cli.tables import Table
@@ -29,6 +30,7 @@ figcaption { color: #5b6675; font-size: .875rem; }
 .headline { display: flex; flex-wrap: wrap; gap: .75rem; padding: 0; margin: .75rem 0; list-style: none; }
 .headline li { border: 1px solid #d5dae1; border-radius: .5rem; padding: .5rem .9rem; }
 .headline b { display: block; font-size: 1.5rem; line-height: 1.2; color: #1f6fb4; }
+.headline small { display: block; color: #5b6675; font-size: .875rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #e4e8ed; }
@@ -74,33 +76,43 @@ def _result(anchor: str, result: Result, drawn: Sequence[Drawn]) -> str:
 
 def _facts(result: Result) -> str:
     versions = {name: version for name, version in result["versions"].items() if version}
-    load = result.get("load")
-    facts = {
-        "measured": f"{result['date']}, commit {result['commit'] or 'unknown'}",
-        "machine": result["machine"]["system"],
+    facts = {"measured": f"{result['date'][:10]}, commit {result['commit'] or 'unknown'}"}
+    if "load" in result:
+        before, after = (f"{result['load'][when][0]:.1f}" for when in ("before", "after"))
+        facts["load"] = f"{before} processes a minute before, {after} after, on {result['machine']['cores']} cores"
+    others = {
         "numbers": f"{result['settings']['dtype']}, memory mode {result['settings']['memory']}",
+        "system": result["machine"]["system"],
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
-    if load:
-        before, after = (f"{load[when][0]:.1f}" for when in ("before", "after"))
-        facts["load"] = f"{before} processes a minute before, {after} after, on {result['machine']['cores']} cores"
     if "roof" in result:
         roof = result["roof"]
-        facts["roof"] = (
-            f"{roof['bytes_per_s'] / 1e9:.1f} GB/s, {roof['flops_per_s'] / 1e9:.0f} GFLOP/s ({roof['source']})"
-        )
-    items = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts.items())
-    return f"<dl>{items}</dl>\n<p>{escape(tables.how(result))}</p>\n"
+        rates = f"{roof['bytes_per_s'] / 1e9:.1f} GB/s, {roof['flops_per_s'] / 1e9:.0f} GFLOP/s"
+        others["roof"] = f"{rates} ({roof['source']})"
+    return (
+        f"{_list(facts)}<p>{escape(tables.how(result))}</p>\n"
+        f"<details><summary>numbers, system and versions</summary>{_list(others)}</details>\n"
+    )
+
+
+def _list(facts: Mapping[str, str]) -> str:
+    return "<dl>" + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items()) + "</dl>\n"
+
+
+def _headline(timing: Row) -> str:
+    peers = {name: ratio for name, ratio in timing["ratio_to"].items() if name not in EAGER}
+    fastest = min(peers, key=lambda name: peers[name], default=None)
+    beside = f"<small>{peers[fastest]:.2f}x {escape(fastest)}</small>" if fastest else ""
+    return f"<li><b>{timing['ratio']:.2f}x</b>{escape(timing['mode'])}, batch {timing['batch']}{beside}</li>"
 
 
 def _network(result: Result, network: Row, drawn: Sequence[Drawn]) -> str:
-    headline = "".join(
-        f"<li><b>{t['ratio']:.2f}x</b>{escape(t['mode'])}, batch {t['batch']}</li>" for t in network["timings"]
-    )
+    headline = "".join(map(_headline, network["timings"]))
     times, *others = tables.network_tables(result, network)
     left_out = "".join(f"<li>{escape(line)}</li>" for line in tables.left_out(network))
     return (
-        f'<p>Speed-up of fused over the faster of eager\'s two layouts:</p>\n<ul class="headline">{headline}</ul>\n'
+        f"<p>Speed-up of fused over the faster of eager's two layouts, and over the fastest peer:</p>\n"
+        f'<ul class="headline">{headline}</ul>\n'
         f"{_figures(one for one in drawn if one.about == network['arch'])}"
         f"<h3>{escape(times[0])}</h3>\n{_table(times)}"
         f"{''.join(_details(table) for table in others)}"
