@@ -30,8 +30,9 @@ run: $(VENV)/.run-$(TORCH_TAG)
 
 # Peers that are not on PyPI, or that pin another torch, take part where they were installed by hand.
 NETWORKS ?= resnet18 resnet50 resnet101
+ROUNDS   ?= 10
 bench: $(VENV)/.bench-$(TORCH_TAG)
-	$(BIN)/fusedres bench --arch $(NETWORKS) --peers --bounds --scaling --results bench/results
+	$(BIN)/fusedres bench --arch $(NETWORKS) --rounds $(ROUNDS) --peers --bounds --scaling --results bench/results
 
 # A process a core, each with one thread: small problems on two threads wait for each other longer than they compute.
 RUN_TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal

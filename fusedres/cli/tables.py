@@ -35,15 +35,21 @@ def proof_table(verdicts: Sequence[Row]) -> Table:
 
 def network_tables(result: Result, network: Row) -> list[Table]:
     """All tables of one network."""
+    found = main_tables(result, network)
+    if any("plans" in timing for timing in network["timings"]):
+        found.append(("traffic, FLOPs and bounds", *_plans(network["timings"])))
+    if network.get("blocks"):
+        found.append(("blocks: measured, and the share of the bound reached", *_blocks(network["blocks"])))
+    return found
+
+
+def main_tables(result: Result, network: Row) -> list[Table]:
+    """Times, launches and memory."""
     settings, size = result["settings"], network["image_size"]
     of = f"{network['arch']}, {size}x{size}, {settings['dtype']}, {settings['device']}"
     found = [(f"time: {of}", *_times(network["timings"])), ("launches per block", *_launches(network["launches"]))]
     if network["saved_bytes_per_image"]:
         found.append(("activations kept for backward", *_memory(network["saved_bytes_per_image"])))
-    if any("plans" in timing for timing in network["timings"]):
-        found.append(("traffic, FLOPs and bounds", *_plans(network["timings"])))
-    if network.get("blocks"):
-        found.append(("blocks: measured, and the share of the bound reached", *_blocks(network["blocks"])))
     return found
 
 
@@ -148,7 +154,7 @@ def markdown(result: Result) -> str:
     """The result as Markdown: where it was measured, and the tables of times, launches and memory."""
     lines = [where(result), how(result)]
     for network in result["networks"]:
-        for title, columns, rows in network_tables(result, network)[:3]:
+        for title, columns, rows in main_tables(result, network):
             lines += ["", f"**{title}**", "", _line(columns), _line(["---"] * len(columns)), *map(_line, rows)]
     return "\n".join(lines)
 
