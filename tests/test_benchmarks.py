@@ -20,7 +20,7 @@ SOME = f"({CONV}) or (tail and residual and 2048 and not compile) or (block and 
 def run_benchmarks(folder: Path, chosen: str, *options: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{folder}"}
     command = [sys.executable, "-m", "pytest", "bench", "--benchmark-only", "-q", "-m", "quick", "-k", chosen, *options]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
 
 
 def test_eager_and_fused_stand_in_one_group_with_what_they_move(tmp_path: Path) -> None:
