@@ -1,6 +1,7 @@
 # The developer's day. `make run` and `make test` need only Python and a C++ compiler; everything else they install.
 #
 #   make run              measure this machine: fusedres bench, results under runs/
+#   make bench            this machine against every peer it can run: JSON, page and plots under bench/results/
 #   make test             the test suite;  TORCH=2.11.0 with another torch, JOBS=1 processes, PYTEST=... more options
 #   make triton           the Triton kernels: tests under the interpreter, then compiled for three architectures
 #   make torches          the oldest torch that is served and the newest: test suites, native libraries swapped between them
@@ -22,12 +23,18 @@ NATIVE := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp cs
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test triton torches dist-check gpu lint types clean
+.PHONY: run bench test triton torches dist-check gpu lint types clean
 
 run: $(VENV)/.run-$(TORCH_TAG)
 	mkdir -p runs
 	$(BIN)/fusedres info
 	$(BIN)/fusedres bench --arch $(ARCH) --json runs/$(ARCH).json --plot runs/$(ARCH).png
+
+# Peers that are not on PyPI, or that pin another torch, take part where they were installed by hand.
+NETWORKS ?= resnet18 resnet50 resnet101
+ROUNDS   ?= 10
+bench: $(VENV)/.bench-$(TORCH_TAG)
+	$(BIN)/fusedres bench --arch $(NETWORKS) --rounds $(ROUNDS) --peers --bounds --scaling --results bench/results
 
 # A process a core, each with one thread: small problems on two threads wait for each other longer than they compute.
 RUN_TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
@@ -72,15 +79,16 @@ types: $(VENV)/.lint-$(TORCH_TAG)
 
 # One stamp for each set of extras. Torch comes first and the build uses it, so that it is downloaded once.
 $(VENV)/.run-$(TORCH_TAG):  EXTRAS := cli,train
+$(VENV)/.bench-$(TORCH_TAG): EXTRAS := $(if $(shell command -v nvidia-smi),bench-gpu,bench)
 $(VENV)/.test-$(TORCH_TAG): EXTRAS := test
 $(VENV)/.lint-$(TORCH_TAG): EXTRAS := lint
-$(VENV)/.run-$(TORCH_TAG) $(VENV)/.test-$(TORCH_TAG) $(VENV)/.lint-$(TORCH_TAG): $(NATIVE) | $(VENV)/.$(TORCH_TAG)
+$(VENV)/.run-$(TORCH_TAG) $(VENV)/.bench-$(TORCH_TAG) $(VENV)/.test-$(TORCH_TAG) $(VENV)/.lint-$(TORCH_TAG): $(NATIVE) | $(VENV)/.$(TORCH_TAG)
 	$(BIN)/pip install --quiet --no-build-isolation $(if $(TORCH),"torch==$(TORCH)") --editable '.[$(EXTRAS)]'
 	touch $@
 
 # Another torch than before makes every other stamp wrong. The interpreter of older Tritons fails with NumPy 2.4.
 $(VENV)/.$(TORCH_TAG): | $(BIN)/pip
-	rm -f $(VENV)/.run-* $(VENV)/.test-* $(VENV)/.lint-* $(VENV)/.torch-*
+	rm -f $(VENV)/.run-* $(VENV)/.bench-* $(VENV)/.test-* $(VENV)/.lint-* $(VENV)/.torch-*
 	$(BIN)/pip install --quiet "torch$(if $(TORCH),==$(TORCH))" $(if $(TORCH),'numpy<2.4') 'setuptools>=77' wheel ninja
 	touch $@
 

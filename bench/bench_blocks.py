@@ -1,4 +1,4 @@
-"""Every distinct block of ResNet-18 and ResNet-50 at its place in the network: fused against eager channels_last."""
+"""Every distinct block of ResNet-18 and ResNet-50 at its place in the network: eager channels_last, compiled, fused."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from contest import CONTESTANTS, pair
+from contest import BATCHES, CONTESTANTS, DEVICE, DTYPES, pair
 from torch import nn
 
 import fusedres
 
 torchvision = pytest.importorskip("torchvision", reason="needs torchvision: its blocks are the baseline")
-
-BATCH = 2
 
 #: name: (block, inplanes, planes, stride, map size)
 BLOCKS = {
@@ -38,10 +36,13 @@ def build(kind: str, inplanes: int, planes: int, stride: int) -> dict[str, nn.Mo
 
 
 @pytest.mark.parametrize("contestant", CONTESTANTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("name", BLOCKS)
-def bench_block(name: str, training: bool, contestant: str, compare: Callable[..., None], benchmark) -> None:
+def bench_block(name: str, training: bool, batch: int, dtype: str, compare: Callable[..., None]) -> None:
     kind, inplanes, planes, stride, size = BLOCKS[name]
-    benchmark.group = f"{name} {'train' if training else 'eval'}"
-    x = torch.randn(BATCH, inplanes, size, size).to(memory_format=torch.channels_last).requires_grad_(training)
-    compare(build(kind, inplanes, planes, stride), contestant, x, training)
+    x = torch.randn(batch, inplanes, size, size, device=DEVICE, dtype=DTYPES[dtype])
+    x = x.to(memory_format=torch.channels_last).requires_grad_(training)
+    mode = "train" if training else "eval"
+    compare(build(kind, inplanes, planes, stride), x, training, f"{name} {mode} {dtype} batch {batch}")

@@ -1,16 +1,41 @@
-"""The contestants of a benchmark: eager and fused twins, what they run, and the proof that both compute the same."""
+"""Who takes part in a benchmark here, equal twins for them, and what is timed of them."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
-from fusedres.measure import count_launches
+from fusedres import dispatch, measure
 
-CONTESTANTS = ("eager", "fused")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+EAGER, COMPILED = "eager", "compile"
+BATCHES = {"cpu": (1, 8), "cuda": (8, 128)}[DEVICE.type]
+DTYPES = {
+    "cpu": {"float32": torch.float32, "bfloat16": torch.bfloat16},
+    "cuda": {"float16": torch.float16, "bfloat16": torch.bfloat16},
+}[DEVICE.type]
+
+
+def _engines() -> Iterable[str]:
+    """Every engine that computes convolutions on this device, the one that is chosen unasked first."""
+    for name in dispatch.ENGINES:
+        with dispatch.engine(name):
+            if dispatch.choose("conv_fprop", DEVICE.type, next(iter(DTYPES.values()))).engine.name == name:
+                yield name
+
+
+ENGINES = tuple(_engines())
+CONTESTANTS = (EAGER, COMPILED, *ENGINES)
+
+
+def clock() -> float:
+    """Seconds, read once everything queued on the device has run."""
+    measure.synchronize(DEVICE)
+    return time.perf_counter()
 
 
 def pair(eager: nn.Module, fused: nn.Module) -> dict[str, nn.Module]:
@@ -23,7 +48,7 @@ def pair(eager: nn.Module, fused: nn.Module) -> dict[str, nn.Module]:
             nn.init.normal_(module.weight, 1, 0.3)
             nn.init.normal_(module.bias, 0, 0.1)
     fused.load_state_dict(copy.deepcopy(eager.state_dict()))
-    return {"eager": eager.to(memory_format=torch.channels_last), "fused": fused}
+    return {k: m.to(memory_format=torch.channels_last) for k, m in (("eager", eager), ("fused", fused))}
 
 
 def step(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
@@ -44,18 +69,3 @@ def inference(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
             return model(x)
 
     return run
-
-
-def prove_equal(models: dict[str, nn.Module], x: Tensor) -> None:
-    """The fused output's error against float64 is at most twice eager's."""
-    with torch.no_grad():
-        exact = copy.deepcopy(models["eager"]).double()(x.double())
-        errors = {name: (copy.deepcopy(model)(x) - exact).abs().max().item() for name, model in models.items()}
-    floor = torch.finfo(x.dtype).eps * exact.abs().max().item()
-    assert errors["fused"] <= 2 * errors["eager"] + floor, errors
-
-
-def launches_of(model: nn.Module, x: Tensor) -> int:
-    """Launches of a forward pass and its backward."""
-    launches = count_launches(lambda: model(x))
-    return launches.forward + launches.backward

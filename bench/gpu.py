@@ -30,7 +30,7 @@ from torch import Tensor, nn
 import fusedres
 from fusedres import dispatch
 from fusedres.cli import environment
-from fusedres.measure import interleaved, medians
+from fusedres.measure import captured, interleaved, medians
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 #: More inputs than the L2 cache of any GPU here holds, taken in turn.
@@ -55,7 +55,7 @@ def contestants(args: argparse.Namespace) -> dict[str, nn.Module]:
     import torchvision
 
     eager, fused = (getattr(family, args.arch)() for family in (torchvision.models, fusedres))
-    models = {k: m.cuda().to(memory_format=torch.channels_last) for k, m in pair(eager, fused).items()}
+    models = {k: m.cuda() for k, m in pair(eager, fused).items()}
     if args.compile:
         models["compiled"] = torch.compile(copy.deepcopy(models["eager"]), mode="max-autotune")
     return models
@@ -81,20 +81,6 @@ def inference(model: nn.Module, inputs: list[Tensor], dtype: torch.dtype) -> Cal
             model(next(turns))
 
     return run
-
-
-def captured(step: Callable[[], object]) -> Callable[[], None]:
-    """``step`` as one CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):  # allocations, choices of algorithms, compilation
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
 
 
 def prove(models: dict[str, nn.Module], x: Tensor, dtype: torch.dtype) -> dict[str, float]:

@@ -107,3 +107,36 @@ def pointwise_dgrad_flops(
     """``W^T g``, ``B a'`` with ``B`` (C, C), and ``B = W^T diag(b) W``."""
     problem = ConvProblem.of(torch.Size(x), torch.Size(w), stride)
     return problem.flops + 2 * problem.gemm_m * problem.C**2 + 2 * problem.K * problem.C**2
+
+
+# Chains of convs in one launch
+
+
+def _chain_flops(x: Shape, convs: Sequence[tuple[Shape, Sequence[Any]]], projection: bool) -> int:
+    """Of ``convs`` (w, (stride, padding, dilation)), each on the output of the one before, a projection's on ``x``."""
+    total, size = 0, torch.Size(x)
+    for i, (w, geometry) in enumerate(convs):
+        is_projection = projection and i == len(convs) - 1
+        problem = ConvProblem.of(torch.Size(x) if is_projection else size, torch.Size(w), *geometry)
+        total += problem.flops
+        size = torch.Size((problem.N, problem.K, problem.P, problem.Q))
+    return total
+
+
+@register_flop_formula(torch.ops.fusedres_cpu.eval_chain)
+def eval_chain_flops(
+    x: Shape,
+    residual: Any,
+    weights: Sequence[Shape],
+    packed: Any,
+    vectors: Any,
+    eps: Any,
+    geometry: Sequence[int],
+    identity: bool,
+    projection: bool,
+    relu: bool,
+    out_shape: Any = None,
+) -> int:
+    """``geometry`` holds the stride, padding and dilation of each conv, six numbers."""
+    pairs = [tuple(geometry[i : i + 2]) for i in range(0, len(geometry), 2)]
+    return _chain_flops(x, [(w, pairs[3 * i : 3 * i + 3]) for i, w in enumerate(weights)], projection)

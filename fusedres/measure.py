@@ -140,6 +140,20 @@ def interleaved(
     return samples
 
 
+def captured(step: Callable[[], object]) -> Callable[[], None]:
+    """``step`` as one CUDA graph: what replays it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # allocations, choices of algorithms, compilation
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
 def medians(samples: Mapping[str, list[float]]) -> dict[str, float]:
     """The median of each contestant's samples, in seconds."""
     return {name: statistics.median(times) for name, times in samples.items()}

@@ -50,7 +50,7 @@ GPU_DTYPES = (torch.float16, torch.bfloat16)
 
 #: More than the last-level cache of any CPU or GPU here.
 _COPIED_BYTES = 512 << 20
-_ROUNDS = 5
+_ROUNDS = 20  # so that some fall between what else the machine does
 
 
 def measured(device: torch.device, dtype: torch.dtype) -> Roof:
@@ -94,3 +94,11 @@ def bound(launches: Iterable[Launch], roof: Roof) -> Bound:
         sum(max(time) for time in times),
         sum(traffic for traffic, product in times if traffic >= product),
     )
+
+
+def by_layer(launches: Iterable[Launch], roof: Roof) -> dict[str, Bound]:
+    """The bound of each layer, its forward and its backward together, in the order of the network."""
+    layers: dict[str, list[Launch]] = {}
+    for launch in launches:
+        layers.setdefault(launch.layer, []).append(launch)
+    return {layer: bound(part, roof) for layer, part in layers.items()}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fusedres import cli
-from fusedres.cli import bench, contest, photo, plot, proof, report
+from fusedres.cli import bench, contest, photo, plot, proof, report, results, tables
 from fusedres.cli.contest import CHANNELS_LAST, FUSED, NCHW, Contest
 
 TINY = ["--arch", "resnet18", "--image-size", "64", "--rounds", "1"]
@@ -25,45 +25,48 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
+@pytest.fixture
+def network(result: dict[str, Any]) -> dict[str, Any]:
+    """Its one network."""
+    return result["networks"][0]
+
+
 def test_result_says_what_was_measured_and_where(result: dict[str, Any]) -> None:
-    assert result["schema"] == bench.SCHEMA
+    assert result["schema"] == results.SCHEMA
     assert {"cpu", "cores", "threads", "isa", "gpus"} <= result["machine"].keys()
     assert result["versions"]["torch"] == torch.__version__
-    settings = result["settings"]
-    assert (settings["arch"], settings["image_size"], settings["dtype"], settings["rounds"]) == (
-        "resnet18",
-        64,
-        "float32",
-        1,
-    )
+    assert (result["settings"]["dtype"], result["settings"]["rounds"]) == ("float32", 1)
+    assert len(result["load"]["before"]) == len(result["load"]["after"]) == 3
+    (network,) = result["networks"]
+    assert (network["arch"], network["image_size"], network["eager"]) == ("resnet18", 64, "torchvision")
 
 
-def test_inference_is_timed_at_every_batch_and_training_at_the_largest(result: dict[str, Any]) -> None:
-    assert [(t["mode"], t["batch"]) for t in result["timings"]] == [("eval", 1), ("eval", 2), ("train", 2)]
-    for timing in result["timings"]:
+def test_inference_is_timed_at_every_batch_and_training_at_the_largest(network: dict[str, Any]) -> None:
+    assert [(t["mode"], t["batch"]) for t in network["timings"]] == [("eval", 1), ("eval", 2), ("train", 2)]
+    for timing in network["timings"]:
         assert timing["samples_s"].keys() == timing["median_s"].keys() == NAMES
         assert all(len(samples) == 1 for samples in timing["samples_s"].values())
         fastest = min(timing["median_s"][NCHW], timing["median_s"][CHANNELS_LAST])
         assert timing["ratio"] == pytest.approx(fastest / timing["median_s"][FUSED])
 
 
-def test_proof_is_part_of_the_result(result: dict[str, Any]) -> None:
-    assert all(line["holds"] and line["error"] <= line["bound"] for line in result["proof"])
-    assert {(line["mode"], line["what"]) for line in result["proof"]} == {
+def test_proof_is_part_of_the_result(network: dict[str, Any]) -> None:
+    assert all(line["holds"] and line["error"] <= line["bound"] for line in network["proof"])
+    assert {(line["mode"], line["what"]) for line in network["proof"]} == {
         ("eval", "output"),
         ("train", "output"),
         ("train", "gradients"),
         ("train", "running statistics"),
     }
-    assert {line["dtype"] for line in result["proof"]} == {"float32", "float64"}
+    assert {line["dtype"] for line in network["proof"]} == {"float32", "float64"}
 
 
-def test_launches_and_memory_are_less_than_eager_ones(result: dict[str, Any]) -> None:
-    assert [row["block"] for row in result["launches"]] == ["layer1.0", "layer2.0"]
-    for row in result["launches"]:
+def test_launches_and_memory_are_less_than_eager_ones(network: dict[str, Any]) -> None:
+    assert [row["block"] for row in network["launches"]] == ["layer1.0", "layer2.0"]
+    for row in network["launches"]:
         assert row[FUSED]["forward"] < row[CHANNELS_LAST]["forward"]
         assert row[FUSED]["backward"] < row[CHANNELS_LAST]["backward"]
-    saved = result["saved_bytes_per_image"]
+    saved = network["saved_bytes_per_image"]
     assert saved["recompute"] < saved["standard"] < saved["eager"]
 
 
@@ -71,7 +74,7 @@ def test_launches_and_memory_are_less_than_eager_ones(result: dict[str, Any]) ->
 def test_nets_that_torchvision_lacks(arch: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = tmp_path / "result.json"
     assert cli.main(["bench", "--arch", arch, "--batch", "2", "--rounds", "1", "--json", str(path)]) == 0
-    assert json.loads(path.read_text())["settings"]["eager"] == "plain modules"
+    assert json.loads(path.read_text())["networks"][0]["eager"] == "plain modules"
     assert "speed-up" in capsys.readouterr().out
 
 
@@ -83,7 +86,7 @@ def test_photo_is_the_input(tmp_path: Path) -> None:
     assert cli.main(["bench", *TINY, "--eval", "--batch", "2", "--input", str(picture), "--json", str(path)]) == 0
     written = json.loads(path.read_text())
     assert written["settings"]["input"] == "photo"
-    assert written["saved_bytes_per_image"] == {}
+    assert written["networks"][0]["saved_bytes_per_image"] == {}
     x, _ = Contest("resnet18", "standard", torch.float32, torch.device("cpu"), 0).inputs(2, 64, photo.read(picture, 64))
     assert x.shape == (2, 3, 64, 64)
     assert not torch.equal(x[0], x[1])
@@ -158,8 +161,8 @@ def test_report_is_put_between_the_marks(stored: Path, result: dict[str, Any], t
     for _ in range(2):  # the second time changes nothing
         assert cli.main(["report", str(stored), "--into", str(document)]) == 0
         text = document.read_text()
-        assert text == f"before\n{report.BEGIN}\n{report.markdown(result)}\n{report.END}\nafter\n"
-    assert f"{result['timings'][0]['ratio']:.2f}x" in text
+        assert text == f"before\n{report.BEGIN}\n{tables.markdown(result)}\n{report.END}\nafter\n"
+    assert f"{result['networks'][0]['timings'][0]['ratio']:.2f}x" in text
     assert result["versions"]["torch"] in text
 
 

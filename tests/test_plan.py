@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+from oracles import needs_native
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -14,6 +15,7 @@ import fusedres
 from fusedres import dispatch, measure, plan
 from fusedres.cli.networks import EagerBlock
 from fusedres.plan import Launch
+from fusedres.traffic import traffic_of
 
 N, C, SIDE = 4, 64, 16  # a bottleneck of width C: u = N*SIDE*SIDE*C/4 elements on its narrow maps
 U = N * SIDE * SIDE * (C // 4)
@@ -213,3 +215,37 @@ def test_no_hook_and_no_gradient_stays_behind() -> None:
     assert not net.block._forward_hooks
     assert not net.block._forward_pre_hooks
     assert all(p.grad is None for p in net.parameters())
+
+
+# Counting what really runs
+
+
+def test_traffic_of_a_call_is_that_of_its_plan() -> None:
+    block = bottleneck()
+    for module in (block, EagerBlock(block)):
+        x = torch.randn(N, C, SIDE, SIDE).to(memory_format=torch.channels_last).requires_grad_()
+        with dispatch.engine("reference"):
+            found = traffic_of(lambda module=module, x=x: module(x))
+            counted = measure.count_launches(lambda module=module, x=x: module(x))
+            planned = [launch for launch in walked(module, True, "cpu") if launch.phase == "forward"]
+        assert found.launches == counted.forward == len(planned)
+        assert found.flops == sum(launch.flops for launch in planned)
+        assert found.bytes == sum(launch.bytes for launch in planned)
+
+
+@needs_native
+@pytest.mark.parametrize("downsample", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_chain_in_one_launch_multiplies_as_much_and_moves_its_ends(downsample: bool, frozen: bool) -> None:
+    block = bottleneck(downsample).eval()
+    if frozen:
+        fusedres.freeze(block)
+    x = torch.randn(N, block.conv1.in_channels, SIDE, SIDE).to(memory_format=torch.channels_last)
+    with torch.inference_mode(), dispatch.engine("cpu"):
+        y = block(x)
+        found = traffic_of(lambda: block(x))
+    assert found.launches == 1
+    assert found.flops == sum(launch.flops for launch in walked(EagerBlock(block), False))
+    parameters = sum(t.numel() for t in block.state_dict().values() if t.is_floating_point())
+    padding = found.bytes - 4 * (x.numel() + y.numel() + parameters)
+    assert 0 <= padding < 4 * parameters * frozen + 100  # of packed weights, which are read in place of the others

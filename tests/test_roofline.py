@@ -18,6 +18,13 @@ from fusedres.roofline import Roof
 ROOF = Roof("toy", bytes_per_s=100.0, flops_per_s=1000.0, source="made up")
 
 
+@pytest.fixture
+def quick_roof(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A roof that takes little to measure, and is none."""
+    monkeypatch.setattr(roofline, "_COPIED_BYTES", 4 << 20)
+    monkeypatch.setattr(roofline, "_ROUNDS", 2)
+
+
 def launch(nbytes: int, flops: int) -> Launch:
     return Launch(("op",), "layer", "forward", (Operand((0, 0), nbytes, True),), (), flops)
 
@@ -53,8 +60,7 @@ def test_recompute_moves_more_than_standard() -> None:
     assert moved[0] < moved[1]
 
 
-def test_roof_of_this_machine_is_positive_and_says_how_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(roofline, "_COPIED_BYTES", 4 << 20)
+def test_roof_of_this_machine_is_positive_and_says_how_it_was_measured(quick_roof: None) -> None:
     roof = roofline.measured(torch.device("cpu"), torch.float32)
     assert roof.bytes_per_s > 1e8
     assert roof.flops_per_s > 1e8
@@ -87,9 +93,8 @@ def test_a_plan_is_for_the_gpu_that_is_named(gpu: str, engine: str, capsys: pyte
 
 
 def test_measured_times_are_held_against_their_bounds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    quick_roof: None, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(roofline, "_COPIED_BYTES", 4 << 20)
     path = tmp_path / "r.json"
     bench = ["bench", "--arch", "cifar_resnet20", "--batch", "2", "--rounds", "1", "--eval", "--json", str(path)]
     assert cli.main(bench) == 0

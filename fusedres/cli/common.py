@@ -40,9 +40,10 @@ def positive_float(text: str) -> float:
     return value
 
 
-def add_model_options(parser: argparse.ArgumentParser, arch: str) -> None:
-    """Which network, and where and how it runs."""
-    parser.add_argument("--arch", default=arch, help="network (default: %(default)s); an unknown name lists them all")
+def add_model_options(parser: argparse.ArgumentParser, arch: str, many: bool = False) -> None:
+    """Which network, or ``many``, and where and how it runs."""
+    name = {"nargs": "+", "default": [arch]} if many else {"default": arch}
+    parser.add_argument("--arch", **name, help=f"network (default: {arch}); an unknown name lists them all")
     add_network_options(parser)
 
 

@@ -1,9 +1,9 @@
-"""The contestants of the benchmark: eager NCHW, eager channels_last and fused, of equal weights; and their measures."""
+"""The contestants of the benchmark, of equal weights: eager in two layouts, fused, and peers; and their measures."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from fusedres import measure
 from fusedres.cli import networks, photo
 from fusedres.cli.common import UserError
+from fusedres.cli.peers import PEERS, TRAIN, Run
 
 NCHW = "eager NCHW"
 CHANNELS_LAST = "eager channels_last"
@@ -24,7 +25,7 @@ TRAINING_STEP = "zero_grad, forward, cross_entropy, backward; no optimizer"
 
 
 class Contest:
-    """Three networks that should compute the same, on one device in one dtype."""
+    """Networks that should compute the same, on one device in one dtype: three models, and peers where invited."""
 
     def __init__(self, arch: str, memory: str, dtype: torch.dtype, device: torch.device, seed: int) -> None:
         self.arch, self.memory, self.dtype, self.device, self.seed = arch, memory, dtype, device, seed
@@ -37,6 +38,8 @@ class Contest:
             FUSED: networks.place(fused, device, dtype),
         }
         self.classes = networks.classes_of(fused)
+        self.peers: dict[str, Run] = {}
+        self.left_out: dict[tuple[str, str], str] = {}  # (peer, mode) -> why
 
     def inputs(self, batch: int, size: int, picture: Tensor | None) -> tuple[Tensor, Tensor]:
         """x (batch, 3, size, size), of the picture (1, 3, size, size) or of random numbers, and targets (batch,)."""
@@ -58,40 +61,84 @@ class Contest:
             what = f"{self.arch} in {mode} mode refuses an input {tuple(x.shape)} {x.dtype}"
             raise UserError(f"{what}: {str(error).splitlines()[0]}") from None
 
+    def invite(self, mode: str, x: Tensor) -> None:
+        """Build every peer that runs in ``mode`` on inputs like ``x``, in place of those built before."""
+        self.peers = {}
+        torch.compiler.reset()
+        for peer in PEERS:
+            reason = peer.reason(self.arch, mode, x)
+            if reason is None:
+                model = copy.deepcopy(self.models[CHANNELS_LAST]).train(mode == TRAIN)
+                try:
+                    with torch.set_grad_enabled(mode == TRAIN):
+                        self.peers[peer.name] = peer.build(self.arch, model, layout(peer.name, x))
+                except Exception as error:  # of another library's compiler: no reason to measure nothing
+                    reason = told(error)
+            if reason is not None:
+                self.leave_out(peer.name, mode, reason)
+
+    def leave_out(self, peer: str, mode: str, reason: str) -> None:
+        """Let ``peer`` take no part in ``mode``."""
+        self.peers.pop(peer, None)
+        self.left_out[peer, mode] = reason
+
     def time(
-        self, mode: str, x: Tensor, target: Tensor, rounds: int, on_round: Callable[[int], object]
+        self,
+        mode: str,
+        x: Tensor,
+        target: Tensor,
+        rounds: int,
+        on_round: Callable[[int], object],
+        only: Sequence[str] | None = None,
     ) -> dict[str, list[float]]:
-        """Seconds of every call in ``mode``, "eval" or "train", the contestants taking turns."""
-        calls = {}
-        for name, model in self.models.items():
-            model.train(mode == "train")
-            calls[name] = call(mode, model, layout(name, x), target)
+        """Seconds of every call in ``mode``, "eval" or "train", the contestants (or ``only`` some) taking turns."""
+        for model in self.models.values():
+            model.train(mode == TRAIN)
+        runs: dict[str, Run] = {**self.models, **self.peers}
+        runs = {name: run for name, run in runs.items() if only is None or name in only}
+        calls = {name: call(mode, run, layout(name, x), target) for name, run in runs.items()}
         return measure.interleaved(calls, rounds, self.device, warmup=2, on_round=on_round)
 
     def launches(self, size: int) -> list[dict[str, Any]]:
         """For a block of each kind: launches forward and backward in training, and in eval, eager and fused."""
+        x, _ = self.inputs(2, size, None)
+        first: dict[bool, tuple[str, Tensor]] = {}  # with a downsample, without
+        for path, block_input in self._block_inputs(x).items():
+            has_downsample = getattr(self.models[FUSED].get_submodule(path), "downsample", None) is not None
+            first.setdefault(has_downsample, (path, block_input))
         rows = []
-        for path, x in self._block_inputs(size).items():
+        for path, block_input in first.values():
             fused = self.models[FUSED].get_submodule(path)
-            row: dict[str, Any] = {"block": path, "kind": type(fused).__name__, "input": list(x.shape)}
+            row: dict[str, Any] = {"block": path, "kind": type(fused).__name__, "input": list(block_input.shape)}
             for who in (CHANNELS_LAST, FUSED):
-                row[who] = _block_launches(self.models[who].get_submodule(path), x)
+                row[who] = _block_launches(self.models[who].get_submodule(path), block_input)
             rows.append(row)
         return rows
 
-    def _block_inputs(self, size: int) -> dict[str, Tensor]:
-        """The path of the first block of each kind (with a downsample, without), and what comes into it."""
+    def time_blocks(self, mode: str, x: Tensor, rounds: int) -> Iterator[dict[str, Any]]:
+        """Every distinct block at its place in the network: how often it occurs, seconds of eager and fused calls."""
+        places: dict[tuple[Any, ...], list[str]] = {}
+        inputs = self._block_inputs(x)
+        for path, block_input in inputs.items():
+            weights = [tuple(p.shape) for p in self.models[FUSED].get_submodule(path).parameters()]
+            places.setdefault((block_input.shape, *weights), []).append(path)
+        for path, *others in places.values():
+            calls = {}
+            for who in (CHANNELS_LAST, FUSED):
+                block = self.models[who].get_submodule(path).train(mode == TRAIN)
+                calls[who] = _block_call(mode, block, inputs[path])
+            samples = measure.interleaved(calls, rounds, self.device, warmup=2)
+            yield {"block": path, "count": 1 + len(others), "input": list(inputs[path].shape), "samples_s": samples}
+
+    def _block_inputs(self, x: Tensor) -> dict[str, Tensor]:
+        """The path of every block, in order, and what comes into it where ``x`` comes into the network."""
         model = self.models[CHANNELS_LAST].eval()
         paths = {id(module): name for name, module in model.named_modules()}
-        first: dict[bool, nn.Module] = {}
-        for block in networks.blocks_of(model):
-            first.setdefault(getattr(block, "downsample", None) is not None, block)
         seen: dict[str, Tensor] = {}
         hooks = [
             block.register_forward_pre_hook(lambda module, args: seen.update({paths[id(module)]: args[0].clone()}))
-            for block in first.values()
+            for block in networks.blocks_of(model)
         ]
-        x, _ = self.inputs(2, size, None)
         with torch.no_grad():
             model(layout(CHANNELS_LAST, x))
         for hook in hooks:
@@ -107,23 +154,49 @@ class Contest:
         return {name: measure.saved_bytes(model.train(), x) / len(x) for name, model in models.items()}
 
 
+def told(error: Exception) -> str:
+    """What went wrong, in one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+_IN_NCHW = {NCHW, *(peer.name for peer in PEERS if peer.takes_nchw)}
+
+
 def layout(contestant: str, x: Tensor) -> Tensor:
     """``x`` in the memory format of that contestant."""
-    return x if contestant == NCHW else x.contiguous(memory_format=torch.channels_last)
+    return x if contestant in _IN_NCHW else x.contiguous(memory_format=torch.channels_last)
 
 
-def call(mode: str, model: nn.Module, x: Tensor, target: Tensor) -> Callable[[], object]:
-    """An inference of ``model``, or a training step, as it is timed; ``mode``, "eval" or "train", is set already."""
+def call(mode: str, run: Run, x: Tensor, target: Tensor) -> Callable[[], object]:
+    """An inference of ``run``, or a training step, as it is timed; ``mode``, "eval" or "train", is set already."""
 
     def infer() -> None:
         with torch.inference_mode():
-            model(x)
+            run(x)
 
     def step() -> None:
-        model.zero_grad(set_to_none=True)
-        cross_entropy(model(x), target).backward()
+        assert isinstance(run, nn.Module)
+        run.zero_grad(set_to_none=True)
+        cross_entropy(run(x), target).backward()
 
-    return step if mode == "train" else infer
+    return step if mode == TRAIN else infer
+
+
+def _block_call(mode: str, block: nn.Module, x: Tensor) -> Callable[[], object]:
+    def infer() -> None:
+        with torch.inference_mode():
+            block(x)
+
+    leaf = x.requires_grad_(mode == TRAIN)
+
+    def step() -> None:
+        block.zero_grad(set_to_none=True)
+        leaf.grad = None
+        y = block(leaf)
+        y.backward(torch.ones_like(y))
+
+    return step if mode == TRAIN else infer
 
 
 def _block_launches(block: nn.Module, x: Tensor) -> dict[str, int]:

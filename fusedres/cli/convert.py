@@ -11,6 +11,7 @@ import dataclasses
 import importlib
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -76,12 +77,13 @@ def _write(path: Path, content: bytes) -> None:
     print(f"written: {path} ({len(content) / 2**20:.1f} MiB)")
 
 
-def _onnx(folded: nn.Module, card: Card, x: torch.Tensor) -> bytes:
-    """The folded network as ONNX: ``pictures`` (N, 3, H, W) float32 -> ``logits`` (N, classes), N free."""
+def to_onnx(model: nn.Module, x: torch.Tensor) -> Any:
+    """``model`` as an ONNX model: ``pictures`` (N, C, H, W) like ``x`` -> ``logits`` (N, classes), N free."""
+    x = torch.cat([x[:1], x[:1]])  # of a single picture the exporter would fix N
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter, about itself
         program = torch.onnx.export(
-            artefact.without_norms(folded),
+            model,
             (x,),
             dynamo=True,
             verbose=False,
@@ -90,7 +92,12 @@ def _onnx(folded: nn.Module, card: Card, x: torch.Tensor) -> bytes:
             dynamic_shapes=({0: torch.export.Dim("batch")},),
         )
     assert program is not None  # it is None only where a file was named
-    model = program.model_proto
+    return program.model_proto
+
+
+def _onnx(folded: nn.Module, card: Card, x: torch.Tensor) -> bytes:
+    """The folded network as ONNX, with its card."""
+    model = to_onnx(artefact.without_norms(folded), x)
     for key, value in card.metadata().items():
         entry = model.metadata_props.add()
         entry.key, entry.value = key, value

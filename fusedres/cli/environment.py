@@ -14,7 +14,10 @@ import torch
 import fusedres
 from fusedres import dispatch, native
 
-PACKAGES = ("torchvision", "triton", "numpy", "safetensors", "onnx", "scikit-learn", "rich", "matplotlib")
+PACKAGES = (
+    *("torchvision", "triton", "numpy", "safetensors", "onnx", "scikit-learn", "rich", "matplotlib"),
+    *("timm", "onnxruntime", "onnxruntime-gpu", "openvino", "torch-tensorrt", "apex"),
+)
 
 
 def machine() -> dict[str, Any]:

@@ -3,7 +3,7 @@
 Exact is the eager network in float64. Errors are relative, in the Euclidean norm of each tensor, and the worst tensor
 of a kind counts. Fused may err twice as far as the worse of eager's two layouts. ReLU turns rounding into flipped
 masks, so that gradients in float32 agree only to some per cent, eager's own too; therefore the fused network is run
-in float64 as well, where a wrong formula has nothing to hide behind.
+in float64 as well, where a wrong formula has nothing to hide behind. Of a peer the output alone is compared.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fusedres.cli.contest import EAGER, FUSED, NCHW, Contest, layout
+from fusedres.cli.contest import CHANNELS_LAST, EAGER, FUSED, NCHW, Contest, layout, told
+from fusedres.cli.peers import EVAL, TRAIN, Run
 
 ALLOWED = 2.0
 #: In float64 there is nothing more exact to compare with: half of its digits must agree.
@@ -25,9 +26,13 @@ FLOAT64_BOUND = torch.finfo(torch.float64).eps ** 0.5
 Results = dict[str, dict[str, Tensor]]  # kind -> name -> float64 tensor
 
 
+class NotEqualError(Exception):
+    """Fused computes something else than eager."""
+
+
 @dataclass(frozen=True)
 class Verdict:
-    """One line of the proof: the fused error, eager's, and the bound."""
+    """One line of the proof: a contestant's error, eager's, and the bound."""
 
     mode: str
     batch: int
@@ -36,6 +41,7 @@ class Verdict:
     error: float
     eager_error: float | None
     bound: float
+    contestant: str = FUSED
 
     @property
     def holds(self) -> bool:
@@ -63,6 +69,38 @@ def prove(contest: Contest, mode: str, x: Tensor, target: Tensor) -> list[Verdic
         error = _worst(found[FUSED][kind], exact[kind])
         verdicts.append(Verdict(mode, len(x), "float64", kind, error, None, FLOAT64_BOUND))
     return verdicts
+
+
+def admit(contest: Contest, mode: str, x: Tensor, target: Tensor) -> list[Verdict]:
+    """Compare the logits of every peer that was invited with eager's: half of the digits must agree, or it is out."""
+    bound = torch.finfo(x.dtype).eps ** 0.5
+    expected = _logits(mode, copy.deepcopy(contest.models[CHANNELS_LAST]).train(mode == TRAIN), CHANNELS_LAST, x)
+    verdicts = []
+    for name, run in list(contest.peers.items()):
+        try:
+            found = _logits(mode, run, name, x)
+        except Exception as failure:  # of another library's compiler, at its first call
+            contest.leave_out(name, mode, told(failure))
+            continue
+        error = _worst({"logits": found}, {"logits": expected})
+        verdict = Verdict(mode, len(x), str(x.dtype).removeprefix("torch."), "output", error, None, bound, name)
+        if not verdict.holds:
+            contest.leave_out(name, mode, f"its logits differ from eager's by {error:.1e}, relatively")
+        verdicts.append(verdict)
+    return verdicts
+
+
+def agrees(contest: Contest, mode: str, x: Tensor) -> bool:
+    """Whether fused and eager logits of ``x`` agree in float64. For what is proved otherwise, at another size."""
+    found, exact = (
+        _logits(mode, _double(contest.models[name]).train(mode == TRAIN), name, x.double()) for name in (FUSED, NCHW)
+    )
+    return _worst({"logits": found}, {"logits": exact}) <= FLOAT64_BOUND
+
+
+def _logits(mode: str, run: Run, name: str, x: Tensor) -> Tensor:
+    with torch.inference_mode(mode == EVAL):
+        return run(layout(name, x)).detach().double()
 
 
 def _double(model: nn.Module) -> nn.Module:

@@ -8,15 +8,19 @@ measured here. With ``--results`` the times of a benchmark are held against thei
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fusedres import roofline
-from fusedres.cli import common, console, environment, networks, report
+from fusedres.cli import common, console, environment, networks, results
+from fusedres.cli.peers import TRAIN
 from fusedres.cli.plans import CONV, MODE_TEXT, MODES, Planner
+from fusedres.cli.results import Result, Row
 from fusedres.engines import nvidia
 from fusedres.plan import Launch
 from fusedres.roofline import Bound, Roof
@@ -45,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Count, bound, print, write. Returns the exit code."""
-    result = report.read(args.results) if args.results else None
+    result = results.read(args.results) if args.results else None
     if args.json:
         common.writable_file(args.json)
     common.set_threads(args.threads or (result["machine"]["threads"] if result else None))
@@ -144,7 +148,7 @@ def _as_json(plans: dict[str, list[Launch]], roof: Roof) -> dict[str, Any]:
     }
 
 
-def _hold_against(args: argparse.Namespace, result: dict[str, Any]) -> int:
+def _hold_against(args: argparse.Namespace, result: Result) -> int:
     """Every measured time beside the bounds of the same network, batch, dtype and mode."""
     settings, machine = result["settings"], result["machine"]
     here = environment.machine()
@@ -155,14 +159,34 @@ def _hold_against(args: argparse.Namespace, result: dict[str, Any]) -> int:
     if not settings["device"].startswith(device_type):
         raise common.UserError(f"{args.results} was measured on {settings['device']}, the roof is of {roof.name}")
     print(f"{roof.name}: {roof.bytes_per_s / 1e9:.0f} GB/s, {roof.flops_per_s / 1e12:.2f} TFLOP/s ({roof.source})")
-    rows = []
-    for timing in result["timings"]:
-        arch, size = (timing.get(key, settings.get(key)) for key in ("arch", "image_size"))
-        planner = Planner(arch, settings.get("memory", "standard"), dtype, device_type, timing["mode"] == "train")
-        bounds = [roofline.bound(planner.plan(mode, timing["batch"], size), roof).seconds for mode in MODES]
-        for name, seconds in timing["median_s"].items():
-            shares = (f"{b / seconds:.0%}" for b in bounds)
-            rows.append((f"{arch} {timing['mode']}", str(timing["batch"]), name, f"{1e3 * seconds:.1f}", *shares))
-    columns = ("", "batch", "contestant", "measured ms", *(f"{mode} bound reached" for mode in MODES))
-    console.table("share of the bound reached", columns, rows)
+    for network in result["networks"]:
+        planner_of = functools.partial(Planner, network["arch"], settings["memory"], dtype, device_type)
+        _show_shares(network, planner_of, roof)
     return 0
+
+
+def _show_shares(network: Row, planner_of: Callable[[bool], Planner], roof: Roof) -> None:
+    """The times of a network, and of its blocks where they were timed, beside their bounds."""
+    arch, size = network["arch"], network["image_size"]
+    whole, blocks = [], []
+    for timing in network["timings"]:
+        planner = planner_of(timing["mode"] == TRAIN)
+        plans = [planner.plan(mode, timing["batch"], size) for mode in MODES]
+        step = f"{arch} {timing['mode']}"
+        whole += _shares((step, str(timing["batch"])), timing, [roofline.bound(plan, roof).seconds for plan in plans])
+        layers = [roofline.by_layer(plan, roof) for plan in plans]
+        for block in network.get("blocks", ()):
+            if (block["mode"], block["input"][0]) == (timing["mode"], timing["batch"]):
+                bounds = [layer[block["block"]].seconds for layer in layers]
+                blocks += _shares((f"{block['block']} {block['mode']}", str(timing["batch"])), block, bounds)
+    columns = ("", "batch", "contestant", "measured ms", *(f"{mode} bound reached" for mode in MODES))
+    console.table("share of the bound reached", columns, whole)
+    if blocks:
+        console.table("share of the bound reached, block by block", columns, blocks)
+
+
+def _shares(first: tuple[str, ...], measured: Row, bounds: list[float]) -> list[tuple[str, ...]]:
+    return [
+        (*first, name, f"{1e3 * seconds:.1f}", *(f"{bound / seconds:.0%}" for bound in bounds))
+        for name, seconds in measured["median_s"].items()
+    ]
