@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         result |= _measure(contest, inputs, args.rounds)
     report.show(result)
     if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        common.write(args.json, json.dumps(result, indent=1) + "\n")
         print(f"\nwritten: {args.json}")
     if args.plot:
         plot.draw(result, args.plot)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
-from fusedres.cli.common import UserError
+from fusedres.cli.common import UserError, write
 from fusedres.cli.contest import CHANNELS_LAST, FUSED, NCHW
 
 COLORS = {NCHW: "#c4c9d1", CHANNELS_LAST: "#8d96a5", FUSED: "#1f6fb4"}
@@ -42,8 +43,10 @@ def draw(result: dict[str, Any], path: Path) -> None:
         f" {machine['threads']} threads, torch {result['versions']['torch']}",
         fontsize=9,
     )
-    figure.savefig(path, dpi=160)
+    drawing = io.BytesIO()
+    figure.savefig(drawing, dpi=160, format=path.suffix.lower()[1:])
     pyplot.close(figure)
+    write(path, drawing.getvalue())
 
 
 def _draw_bars(axes: Any, timing: dict[str, Any]) -> None:

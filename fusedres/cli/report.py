@@ -51,10 +51,11 @@ def read(path: Path) -> dict[str, Any]:
         result = json.loads(path.read_text())
         if result["schema"] != 1:
             raise common.UserError(f"{path} has schema {result['schema']}, this version reads 1")
+        markdown(result)  # asks for everything that a result must have
         return result
     except OSError as error:
         raise common.UserError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise common.UserError(f"{path} was not written by `fusedres bench --json`") from None
 
 
@@ -68,7 +69,7 @@ def put_into(document: Path, result: dict[str, Any]) -> None:
     if not marked.search(text):
         raise common.UserError(f"{document} has no marks {BEGIN} and {END}")
     block = f"{BEGIN}\n{markdown(result)}\n{END}"
-    common.writable_file(document).write_text(marked.sub(lambda _: block, text))
+    common.write(document, marked.sub(lambda _: block, text))
 
 
 def show_proof(verdicts: Sequence[Verdict]) -> None:
