@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from hypothesis import event, given
+from hypothesis import event, example, given
 from hypothesis import strategies as st
 from networks import as_maps
 from oracles import batch, shake, step
@@ -169,6 +169,9 @@ def norms(net: nn.Module) -> Iterator[nn.BatchNorm2d]:
 
 
 @given(programs())
+@example(
+    Program((Call("conv"), Call("norm"), Call("relu"), Call("conv"), Call("norm"), Call("+=")), results=(1,))
+)  # the norm's output by the name it had before the add
 def test_fused_forward_of_random_calls_computes_what_eager_computes(program: Program) -> None:
     eager = eager_of(program)
     fused = fusedres.fuse(eager)
