@@ -3,6 +3,7 @@
 #   make run              measure this machine: fusedres bench, results under runs/
 #   make test             the test suite;  TORCH=2.11.0 with another torch, JOBS=1 processes, PYTEST=... more options
 #   make triton           the Triton kernels: tests under the interpreter, then compiled for three architectures
+#   make soak             the long runs: random problems, fuzzing under sanitizers, memory, planted faults (an hour)
 #   make gpu              on a machine with a GPU: the kernels' tests on it, compute-sanitizer, benchmarks
 #   make lint types       formatting, lint and types
 #   make clean            remove everything these targets made
@@ -20,7 +21,7 @@ NATIVE := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp cs
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test triton gpu lint types clean
+.PHONY: run test triton soak gpu lint types clean
 
 run: $(VENV)/.run-$(TORCH_TAG)
 	mkdir -p runs
@@ -38,6 +39,11 @@ triton: $(VENV)/.test-$(TORCH_TAG)
 	TRITON_INTERPRET=1 $(RUN_TESTS) tests/triton $(PYTEST)
 	TRITON_INTERPRET=1 $(RUN_TESTS) tests/field -m kernel $(PYTEST)
 	$(RUN_TESTS) tests/triton_compile $(PYTEST)
+
+# PARTS=memory runs just that; docs/reliability.md is written of the last results of each.
+PARTS ?=
+soak: $(VENV)/.test-$(TORCH_TAG)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/run.py $(PARTS)
 
 # Takes the environment it is given where GPU=python-of-it says so: nothing is installed then, nothing downloaded.
 GPU ?=

@@ -1,9 +1,10 @@
-"""Calls every native op with random arguments, in a process that a fault ends: run it under sanitizers.
+"""Calls every native op with random arguments, in a process that a fault ends.
 
-    python tests/soak/fuzz_native.py --calls 1000 --seed 0
+    python tests/soak/fuzz_native.py --calls 1000 --seed 0 --sanitize
 
 A right call must answer; a spoiled one may, or must raise one of Python's errors and leave its arguments as they were.
-The call being made is named in ``--trace``, for a process that a sanitizer ended cannot tell any more.
+``--sanitize`` builds the library under AddressSanitizer and UndefinedBehaviorSanitizer and starts anew with that. The
+call being made is named in ``--trace``, for a process that a sanitizer ended cannot tell any more.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ from native_calls import RIGHT, Call
 from torch import Tensor
 
 from fusedres import native
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+import sanitizers
 
 ERRORS = (RuntimeError, TypeError, ValueError, IndexError, OverflowError, MemoryError)
 
@@ -79,12 +84,23 @@ def fuzz(seed: int, count: int, trace: Path | None = None) -> dict[str, Any]:
     }
 
 
+def start_sanitized() -> None:
+    """Become this program with the same options, under sanitizers."""
+    assert sanitizers.preloads(), f"needs AddressSanitizer's library beside {sanitizers.COMPILER}"
+    path = str(sanitizers.sanitized_package())
+    options = [argument for argument in sys.argv if argument != "--sanitize"]
+    os.execve(sys.executable, [sys.executable, *options], sanitizers.environment(PYTHONPATH=path))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calls", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--trace", type=Path)
+    parser.add_argument("--sanitize", action="store_true")
     args = parser.parse_args()
+    if args.sanitize:
+        start_sanitized()
     assert native.missing is None, native.missing
     names = {schema.partition("(")[0] for schema in native._CPU_SCHEMAS}
     assert names == RIGHT.keys(), f"no calls of {names - RIGHT.keys()}"
