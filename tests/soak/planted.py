@@ -77,7 +77,7 @@ FAULTS = (
         FUSE,
     ),
     Fault("writes between are overlooked", "fusedres/chain_search.py", "return not writes or", "return True or", FUSE),
-    Fault("threads take each other's chain", "fusedres/folding.py", "or entry.key != key or", "or", THREADS),
+    Fault("models are traced at once", "fusedres/tracing.py", "    with _lock:", "    if True:", THREADS),
     Fault(
         "a chain stays with its model", "fusedres/folding.py", WEAK, "_entries: dict[nn.Module, _Entry] = {}", MEMORY
     ),
