@@ -6,6 +6,7 @@
 #   make triton           the Triton kernels: tests under the interpreter, then compiled for three architectures
 #   make torches          the oldest torch that is served and the newest: test suites, native libraries swapped between them
 #   make dist-check       archives built and installed into clean environments: no compiler, no torch, another CUDA
+#   make soak             the long runs: random problems, fuzzing under sanitizers, memory, planted faults (an hour)
 #   make gpu              on a machine with a GPU: the kernels' tests on it, compute-sanitizer, benchmarks
 #   make lint types       formatting, lint and types
 #   make clean            remove everything these targets made
@@ -23,7 +24,7 @@ NATIVE := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp cs
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run bench test triton torches dist-check gpu lint types clean
+.PHONY: run bench test triton torches dist-check soak gpu lint types clean
 
 run: $(VENV)/.run-$(TORCH_TAG)
 	mkdir -p runs
@@ -63,6 +64,11 @@ torches:
 
 dist-check: $(VENV)/.test-$(TORCH_TAG)
 	$(BIN)/python -m pytest tests/archives $(PYTEST)
+
+# PARTS=memory runs just that; docs/reliability.md is written of the last results of each.
+PARTS ?=
+soak: $(VENV)/.test-$(TORCH_TAG)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/run.py $(PARTS)
 
 # Takes the environment it is given where GPU=python-of-it says so: nothing is installed then, nothing downloaded.
 GPU ?=

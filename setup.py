@@ -1,7 +1,8 @@
 """Build of the native library; everything static is in pyproject.toml.
 
 Environment: FUSEDRES_NO_NATIVE=1 skips the library, FUSEDRES_REQUIRE_NATIVE=1 makes its failure fatal, MAX_JOBS bounds
-the compilers run at once, FORCE_CUDA=1 or TORCH_CUDA_ARCH_LIST build csrc/cuda where no GPU is visible.
+the compilers run at once, FORCE_CUDA=1 or TORCH_CUDA_ARCH_LIST build csrc/cuda where no GPU is visible,
+FUSEDRES_SANITIZE=1 builds under AddressSanitizer and UndefinedBehaviorSanitizer (tests/sanitizers.py loads that).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ OLDEST_TORCH = (2, 11)  # that the library runs with, whichever it is built by
 TORCH_TARGET_VERSION = "0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH)
 DEFAULT_CUDA_ARCHS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 CXX_FLAGS = ("-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-psabi")
+SANITIZE_FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 BYTES_PER_JOB = 2 << 30
 
 NO_TORCH = (
@@ -138,6 +140,7 @@ def native_library(with_cuda: bool) -> Extension:
     """The extension ``fusedres._native``: csrc/cpu, and csrc/cuda where it can be built."""
     from torch.utils import cpp_extension
 
+    sanitize = SANITIZE_FLAGS if flag("FUSEDRES_SANITIZE") else ()
     defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", *(["-DUSE_CUDA"] if with_cuda else [])]
     patterns = ["csrc/registration.cpp", "csrc/cpu/*.cpp", *(["csrc/cuda/*.cu"] if with_cuda else [])]
     options: dict[str, Any] = {
@@ -146,10 +149,10 @@ def native_library(with_cuda: bool) -> Extension:
         "depends": sources("csrc/**/*.h"),
         "include_dirs": [str(ROOT.resolve() / "csrc")],  # absolute: ninja runs elsewhere
         "extra_compile_args": {
-            "cxx": [*CXX_FLAGS, *defines],
+            "cxx": [*CXX_FLAGS, *(("-O1", "-g1", *sanitize) if sanitize else ()), *defines],
             "nvcc": ["-O3", "--compiler-options=-fvisibility=hidden", *defines],
         },
-        "extra_link_args": ["-Wl,-s"] if sys.platform.startswith("linux") else [],
+        "extra_link_args": [*sanitize] if sanitize else ["-Wl,-s"] if sys.platform.startswith("linux") else [],
         "py_limited_api": True,
     }
     return (cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension)(**options)

@@ -82,7 +82,8 @@ class _FusedBlock(nn.Module):
             y = bn(conv(y))
             if i < self.depth:
                 y = self.relu(y)
-        return self.relu(y + (self._shortcut(x) if shortcut is None else shortcut))
+        total = y + (self._shortcut(x) if shortcut is None else shortcut)
+        return self.relu(total.to(y.dtype))  # as by the add in place of torchvision
 
 
 class FusedBasicBlock(_FusedBlock):

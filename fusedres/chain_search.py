@@ -26,6 +26,7 @@ class _Unit:
     nodes: tuple[fx.Node, ...]
     other: Any = None
     adds: bool = False
+    adds_in_place: bool = False
     relu: bool = False
     activation: nn.Module | None = None
 
@@ -161,7 +162,7 @@ class _Search:
         if other is end or not isinstance(other, fx.Node) or writes_other or not self._is_still(nodes[0], add, [other]):
             return unit
         claimed.add(add)
-        return replace(unit, nodes=(*nodes, add), other=other, adds=True)
+        return replace(unit, nodes=(*nodes, add), other=other, adds=True, adds_in_place=is_in_place(add))
 
     def _with_relu(self, unit: _Unit) -> _Unit:
         nodes = self._past_identities(unit.nodes)
@@ -245,6 +246,7 @@ class _Search:
             last.adds and last.other is x,
             last.relu,
             tuple(unit.activation for unit in run),
+            last.adds_in_place,
         )
         nodes = tuple(node for unit in run for node in unit.nodes)
         return Site(chain, nodes, x, last.other if last.adds and last.other is not x else None)

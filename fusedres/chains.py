@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,8 @@ from fusedres.functional import ConvBN, ShortcutShapeError, residual_chain
 class Chain:
     """Modules that run as one: ``pairs``, an added shortcut, a ReLU; ``activations`` are the ReLU modules replaced.
 
-    The shortcut is a ``projection``, or the chain's own input where it ``is_identity``, or else a tensor given.
+    The shortcut is a ``projection``, or the chain's own input where it ``is_identity``, or else a tensor given. An add
+    in place keeps the dtype and shape of the branch.
     """
 
     pairs: tuple[ConvBN, ...]
@@ -26,6 +28,7 @@ class Chain:
     is_identity: bool
     relu: bool
     activations: tuple[nn.Module | None, ...]
+    adds_in_place: bool = False
 
     @property
     def convs(self) -> list[nn.Conv2d]:
@@ -53,10 +56,11 @@ class Chain:
             y = bn(conv(y))
             if i < len(self.pairs) - 1:
                 y = self._activated(y, i)
+        add = operator.iadd if self.adds_in_place else operator.add
         if self.projection is not None:
-            y = y + self.projection.bn(self.projection.conv(x))
+            y = add(y, self.projection.bn(self.projection.conv(x)))
         elif self.adds:
-            y = y + (x if self.is_identity else given)  # type: ignore[operator]  # None is for eager to refuse
+            y = add(y, x if self.is_identity else given)
         return self._activated(y, -1) if self.relu else y
 
     def _activated(self, y: Tensor, i: int) -> Tensor:

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from fusedres.chains import Slot
 from fusedres.inspection import hook_reason, is_batch_norm
 from fusedres.layout import channels_last
-from fusedres.nodes import is_in_place
+from fusedres.nodes import AUGMENTED, is_in_place
 
 GraphOf = Callable[[nn.Module], fx.Graph | None]
 
@@ -29,6 +29,7 @@ _MODULES = frozenset(
 _DROPOUTS = nn.Dropout, nn.Dropout2d  # their masks are drawn in the order of memory
 _FUNCTIONS = frozenset(
     {operator.add, operator.iadd, operator.sub, operator.mul, operator.imul, operator.truediv, operator.floordiv}
+    | {AUGMENTED["iadd"], AUGMENTED["imul"]}
     | {operator.getitem, torch.add, torch.mul, torch.cat, torch.relu, torch.sigmoid, torch.mean, torch.flatten}
     | {F.relu, F.relu_, F.silu, F.gelu, F.hardswish, F.interpolate, F.pad, F.conv2d}
     | {F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d}

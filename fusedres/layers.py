@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from fusedres.functional import ConvBN, chain_reason, residual_chain
+from fusedres.inspection import plain_reason
 from fusedres.problem import Pair, as_pair
 from fusedres.specs import Memory, checked_memory
 
@@ -45,7 +46,8 @@ class FusedConvBNReLU(nn.Module):
 
     @property
     def _activations(self) -> list[nn.Module]:
-        return [self.relu] if isinstance(self.relu, nn.ReLU) else []
+        """What follows the BN and does anything, a hook on it included."""
+        return [] if plain_reason(self.relu, nn.Identity) is None else [self.relu]
 
     @property
     def pairs(self) -> list[ConvBN]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,28 @@ from torch import fx, nn
 
 from fusedres.inspection import batch_norm_reason, plain_reason
 
-_ADDS = (operator.add, operator.iadd, torch.add)
+
+def _as_function(name: str) -> Callable[[Any, Any], Any]:
+    function = getattr(operator, name)
+
+    def in_place(a: Any, b: Any) -> Any:
+        return function(a, b)
+
+    in_place.__name__ = in_place.__qualname__ = name
+    return in_place
+
+
+#: ``a += b`` and the like as functions of this package: fx writes those of ``operator`` out as statements, which would
+#: change a number for everyone who reads it.
+AUGMENTED = {
+    name: _as_function(name)
+    for name in (
+        *("iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow"),
+        *("iand", "ior", "ixor", "ilshift", "irshift"),
+    )
+}
+
+_ADDS = (operator.add, operator.iadd, AUGMENTED["iadd"], torch.add)
 _RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)
 
 

@@ -16,10 +16,9 @@ def as_pair(value: int | Sequence[int]) -> Pair:
         return value
     if isinstance(value, int):
         return value, value
-    first, *rest = value
-    if len(rest) > 1:
-        raise ValueError(f"expected one or two integers, got {tuple(value)}")
-    return first, rest[0] if rest else first
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) not in (1, 2):
+        raise ValueError(f"expected one or two integers, got {value!r}")
+    return value[0], value[-1]
 
 
 def out_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fusedres.frames import CONSTANTS, Constant, Frames
 from fusedres.guards import Structure
 from fusedres.inspection import has_global_hooks, is_batch_norm, is_traced, is_transformed, plain_reason
+from fusedres.nodes import AUGMENTED
 from fusedres.norm_act import is_norm_act
 
 _lock = threading.RLock()  # torch.fx patches nn.Module while it traces
@@ -90,6 +91,18 @@ def joins(module: nn.Module) -> bool:
     return type(last) is nn.Conv2d or is_batch_norm(last) or is_norm_act(last)
 
 
+class _StandIn(fx.Proxy):
+    """A stand-in for a tensor that records ``a += b`` as writing into ``a``; fx's own take it for ``a = a + b``."""
+
+
+def _augmented(function: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    return lambda a, b: a.tracer.create_proxy("call_function", function, (a, b), {})
+
+
+for _name, _function in AUGMENTED.items():
+    setattr(_StandIn, f"__{_name}__", _augmented(_function))
+
+
 class _Tracer(fx.Tracer):
     """Records the calls of submodules without looking into them, apart from those that ``joins``."""
 
@@ -104,6 +117,9 @@ class _Tracer(fx.Tracer):
 
     def _rely_on(self, module: nn.Module) -> None:
         self.relied.update(dict.fromkeys((module, *module.children())))
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _StandIn(node, self)
 
     def refuse(self, reason: str) -> Refusal:
         """The reason is kept, for a forward may catch what is raised."""

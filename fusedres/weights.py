@@ -72,15 +72,25 @@ def resolve(weights: Weights, enum_name: str | None) -> Checkpoint | None:
 
 
 def read_file(path: Path) -> Mapping[str, Tensor]:
-    """The state_dict in a ``.safetensors`` file, or in any file of ``torch.save`` (tensors only, no other objects)."""
-    if path.suffix.lower() == ".safetensors":
-        return unwrap(_load_safetensors(path), path)
+    """The state_dict in a ``.safetensors`` file, or in any file of ``torch.save`` (tensors only, no other objects).
+
+    OSError where it cannot be read, ValueError where it holds something else.
+    """
     try:
-        return unwrap(torch.load(path, map_location="cpu", weights_only=True), path)
+        if path.suffix.lower() == ".safetensors":
+            content = _load_safetensors(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, ImportError):
+        raise
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} is no checkpoint that torch.load(weights_only=True) accepts: {_refusal(error)}"
         ) from error
+    except Exception as error:  # a damaged file fails in zip, pickle or tensor code alike
+        reason = f": {str(error).splitlines()[0][:100]}" if str(error) else ""
+        raise ValueError(f"{path} is no readable checkpoint ({type(error).__name__}{reason})") from error
+    return unwrap(content, path)
 
 
 def _refusal(error: pickle.UnpicklingError) -> str:

@@ -1,4 +1,4 @@
-"""Fixtures of all tests: a fixed seed, and the engine a test runs under."""
+"""Fixtures of all tests: a fixed seed, and the engine a test runs under; how many examples hypothesis draws."""
 
 from __future__ import annotations
 
@@ -6,9 +6,17 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from oracles import ENGINES
 
 import fusedres
+
+#: Few and always the same, unless ``--hypothesis-profile=soak`` asks for many new ones.
+settings.register_profile("few", max_examples=60, derandomize=True, database=None, deadline=None)
+settings.register_profile(
+    "soak", max_examples=2000, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("few")
 
 
 @pytest.fixture(autouse=True)

@@ -165,6 +165,17 @@ def test_autocast_error_is_at_most_twice_eagers(variant: str, training: bool, en
     assert_accurate(*draws, stored=torch.bfloat16)
 
 
+@kinds
+def test_hooked_block_under_autocast_has_eagers_dtype(kind: type[nn.Module], engine: str) -> None:
+    fused, eager = (m.eval() for m in block_twins(kind, 8, 8 // kind.expansion))
+    for module in (fused, eager):
+        module.conv1.register_forward_hook(lambda *call: None)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = (module(batch(2, 8, 5, 4)) for module in (fused, eager))
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
 def test_autocast_leaves_float64_alone(engine: str) -> None:
     fused, eager = (m.double() for m in block_twins(FusedBottleneck, 8, 2))
     x = batch(2, 8, 5, 4, dtype=double)

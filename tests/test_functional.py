@@ -6,6 +6,8 @@ import copy
 import os
 import subprocess
 import sys
+from collections import OrderedDict
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -25,7 +27,7 @@ from oracles import (
 )
 from torch import Tensor, nn
 
-from fusedres import FusedBasicBlock, FusedBottleneck, functional
+from fusedres import FusedBasicBlock, FusedBottleneck, FusedConvBNReLU, functional
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -129,6 +131,39 @@ def test_conv_bn_relu_falls_back_to_the_same_ending(ending: bool, engine: str) -
     conv, norm, x = nn.Conv2d(6, 8, 3, padding=1), nn.GroupNorm(2, 8), batch(2, 6, 5, 7)
     z = norm(conv(x))
     assert torch.equal(functional.conv_bn_relu(x, conv, norm, ending), F.relu(z) if ending else z)
+
+
+ENDINGS: dict[str, Callable[[FusedConvBNReLU], object]] = {
+    "another activation": lambda layer: setattr(layer, "relu", nn.SiLU()),
+    "none": lambda layer: setattr(layer, "relu", nn.Identity()),
+    "a hook on the ReLU": lambda layer: layer.relu.register_forward_hook(lambda *call: 2 * call[2]),
+}
+
+
+@modes
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_layer_ends_in_the_module_that_is_there(ending: str, relu: bool, training: bool, engine: str) -> None:
+    layer = shake(FusedConvBNReLU(4, 4, relu=relu)).double().train(training)
+    layer(batch(2, 4, 5, 6, dtype=double))
+    ENDINGS[ending](layer)
+    eager = nn.Sequential(OrderedDict(copy.deepcopy(layer).named_children()))
+    assert_steps_equal(step(layer, batch(2, 4, 5, 6, dtype=double)), step(eager, batch(2, 4, 5, 6, dtype=double)))
+    with torch.no_grad():
+        torch.testing.assert_close(layer(batch(2, 4, 5, 6, dtype=double)), eager(batch(2, 4, 5, 6, dtype=double)))
+
+
+@modes
+def test_nan_reaches_the_gradient_of_a_bias_that_the_norm_absorbs(training: bool, engine: str) -> None:
+    layer = FusedConvBNReLU(4, 4, bias=True).train(training)
+    x = batch(2, 4, 5, 6)
+    layer(x).sum().backward()
+    assert layer.conv.bias.grad.isfinite().all()
+    assert not training or not layer.conv.bias.grad.any()
+    x[0, 0, 2, 2] = torch.nan
+    layer.zero_grad()
+    layer(x).sum().backward()
+    assert bool(layer.conv.bias.grad.isnan().all()) == training
 
 
 @modes

@@ -87,6 +87,13 @@ def assert_equal(ours: nn.Module, theirs: nn.Module, x: Tensor | None = None) ->
 
 # --- what is fused ---
 
+
+def augmented(m: Any, x: Tensor) -> Tensor:
+    y = m.bn(m.conv(x))
+    y += x
+    return m.relu(y)
+
+
 FORMS: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "module": (lambda m, x: m.relu(m.bn(m.conv(x))), "conv-BN, ReLU"),
     "function": (lambda m, x: F.relu(m.bn(m.conv(x))), "conv-BN, ReLU"),
@@ -97,6 +104,7 @@ FORMS: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "another activation": (lambda m, x: F.silu(m.bn(m.conv(x))), "conv-BN"),
     "identity": (lambda m, x: m.relu(m.bn(m.conv(x)) + x), "conv-BN + input, ReLU"),
     "identity first": (lambda m, x: F.relu(x + m.bn(m.conv(x))), "conv-BN + input, ReLU"),
+    "augmented add": (augmented, "conv-BN + input, ReLU"),
     "add without relu": (lambda m, x: torch.add(m.bn(m.conv(x)), x), "conv-BN + input"),
     "a given tensor": (lambda m, x: m.relu(m.bn(m.conv(x)) + x.sin()), "conv-BN + tensor, ReLU"),
     "a smaller tensor": (lambda m, x: m.relu(m.bn(m.conv(x)) + x.mean((2, 3), keepdim=True)), "conv-BN + tensor, ReLU"),
@@ -113,6 +121,36 @@ def test_chain_is_found_in_every_form_and_equals_eager(form: str) -> None:
     fused = fuse(eager, strict=True)
     assert chains(fused) == [expected]
     assert_equal(fused, eager)
+
+
+def adding_twice(m: Any, x: Tensor) -> Tensor:
+    y = z = m.bn(m.conv(x))
+    y += x
+    y *= 2
+    return y + z
+
+
+def adding_to_a_number(m: Any, x: Tensor) -> Tensor:
+    scale = both = x.shape[1]
+    scale += 1
+    return m.bn(m.conv(x)) * scale + both
+
+
+@pytest.mark.parametrize("body", [adding_twice, adding_to_a_number])
+def test_augmented_assignment_changes_tensors_for_every_name_and_numbers_for_one(body: Any) -> None:
+    eager = made(Net(body))
+    fused = fuse(eager)
+    assert chains(fused) == ["conv-BN"]
+    assert_equal(fused, eager)
+
+
+def test_augmented_add_keeps_the_dtype_and_shape_of_the_branch() -> None:
+    x = input_(torch.float32)
+    wide = fuse(shake(Net(lambda m, x: m.bn(m.conv(x)).add_(x.double()))).eval())
+    assert wide(x).dtype == torch.float32
+    narrow = fuse(made(Net(lambda m, x: m.bn(m.conv(x[:1])).add_(x))).eval())
+    with pytest.raises(RuntimeError, match="doesn't match the broadcast shape"):
+        narrow(input_())
 
 
 def test_units_in_a_row_become_one_chain() -> None:

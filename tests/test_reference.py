@@ -162,6 +162,22 @@ def test_conv_wgrad_differentiates_bn_and_recomputes_its_input(
     close(dw, unit.gradient(g, unit.w)[0])
 
 
+@pytest.mark.parametrize("groups", [1, 3])
+def test_every_entry_of_a_bfloat16_weight_gradient_is_written(groups: int) -> None:
+    """Of maps narrower than the stride, where oneDNN leaves some as its memory was before."""
+    x, w = torch.randn(2, 6, 7, 1).bfloat16(), torch.randn(18, 6 // groups, 3, 3).bfloat16()
+    dz = torch.randn(2, 18, 4, 1).bfloat16()
+    geometry = [3, 3], [2, 2], [1, 1], [1, 1], groups
+    expected = reference.convolution_wgrad(dz.double(), x.double(), *geometry)
+    for _ in range(20):
+        for _ in range(8):
+            torch.full_like(w, 1e30), torch.full((2 * w.numel(),), 1e30, dtype=w.dtype)  # what memory holds then
+        found = reference.convolution_wgrad(
+            *(t.contiguous(memory_format=torch.channels_last) for t in (dz, x)), *geometry
+        )
+        torch.testing.assert_close(found.double(), expected, rtol=0.01, atol=0.1)
+
+
 @pytest.mark.parametrize("momentum", [0.1, 0.0, 1.0, None])
 def test_bn_finalize_moves_statistics_as_batch_norm_does(momentum: float | None, make: Operands) -> None:
     bn = torch.nn.BatchNorm2d(6, eps=1e-3, momentum=momentum, dtype=torch.float64)

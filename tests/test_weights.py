@@ -69,3 +69,22 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"absent\.pth"):
         fusedres.resnet18(weights=tmp_path / "absent.pth")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("kind", ["empty", "text", "half", "zip header"])
+def test_damaged_file_is_named(kind: str, suffix: str, state, tmp_path: Path) -> None:
+    path = tmp_path / f"damaged{suffix}"
+    save = torch.save if suffix == ".pth" else pytest.importorskip("safetensors.torch").save_file
+    save(state, path)
+    whole = path.read_bytes()
+    content = {
+        "empty": b"",
+        "text": b"no checkpoint\n" * 9,
+        "half": whole[: len(whole) // 2],
+        "zip header": b"PK\x03\x04",
+    }
+    path.write_bytes(content[kind])
+    with pytest.raises(ValueError, match=rf"damaged\{suffix} is no (readable )?checkpoint") as caught:
+        fusedres.resnet18(weights=path)
+    assert "\n" not in str(caught.value)

@@ -31,6 +31,13 @@ void require(bool condition, const Parts&... parts) {
   throw std::runtime_error(message.str());
 }
 
+// Bytes of a tensor of these sizes with elements of `element_size`; throws where no tensor can have them. Called before
+// anything is computed from sizes that a caller chose freely.
+int64_t bytes_of(const std::vector<int64_t>& sizes, int64_t element_size);
+
+// A CPU tensor whose storage holds all its elements: it may have been resized under the tensor, as FSDP does.
+bool is_readable(const Tensor& tensor);
+
 // The dtype of statistics and per-channel vectors of `dtype` activations.
 ScalarType acc_dtype(ScalarType dtype);
 

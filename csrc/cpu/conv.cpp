@@ -147,6 +147,7 @@ Tensor conv_dgrad(const Tensor& dz, const Tensor& w, const std::vector<int64_t>&
     check_channels_last(*residual, "residual", dtype,
                         {out.N, C, ceil_div(axes.h.in, residual_stride[0]), ceil_div(axes.w.in, residual_stride[1])});
   }
+  if (dx.numel() == 0) return dx;
   for_conv_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     for (const Gather& gather : dgrad_gathers(axes.h, axes.w)) {

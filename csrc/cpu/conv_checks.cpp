@@ -28,8 +28,8 @@ ConvAxes check_axes(const std::vector<int64_t>& input_size, const std::vector<in
 }
 
 void check_weight(const Tensor& w) {
-  const ScalarType dtype = w.scalar_type();
-  require(w.is_cpu() && w.dim() == 4 && w.numel() > 0 && (dtype == ScalarType::Float || dtype == ScalarType::Double),
+  const ScalarType dtype = w.defined() ? w.scalar_type() : ScalarType::Undefined;
+  require(is_readable(w) && w.dim() == 4 && w.numel() > 0 && (dtype == ScalarType::Float || dtype == ScalarType::Double),
           "w is ", describe(w), ", expected a (K, C, R, S) CPU tensor of float32 or float64");
 }
 
@@ -38,7 +38,9 @@ Conv check_conv(const Tensor& w, const Activation& in, ScalarType dtype, const s
   check_weight(w);
   require(w.scalar_type() == dtype && w.size(1) == in.C, "w is ", describe(w), ", expected one dtype and number of ",
           "channels with an input of ", torch::headeronly::toString(dtype), " and ", in.C, " channels");
-  return {in.N, in.C, w.size(0), check_axes({in.H, in.W}, {w.size(2), w.size(3)}, stride, padding, dilation)};
+  const Conv conv{in.N, in.C, w.size(0), check_axes({in.H, in.W}, {w.size(2), w.size(3)}, stride, padding, dilation)};
+  bytes_of({conv.N, conv.K, conv.axes.h.out, conv.axes.w.out}, sizeof(double));
+  return conv;
 }
 
 void check_output(const Tensor& y, const char* name, const Tensor& x, const ConvAxes& axes) {

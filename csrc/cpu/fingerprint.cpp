@@ -81,7 +81,7 @@ Tensor fingerprint(const std::vector<Tensor>& tensors) {
   std::vector<Tensor> dense;  // keeps the copies of tensors with gaps alive
   std::vector<Piece> pieces;
   for (const Tensor& tensor : tensors) {
-    require(tensor.is_cpu(), "fingerprint of ", describe(tensor), ", expected CPU tensors");
+    require(is_readable(tensor), "fingerprint of ", describe(tensor), ", expected CPU tensors");
     result = hash_layout(result, tensor);
     dense.push_back(is_dense(tensor) ? tensor : torch::stable::contiguous(tensor));
     const auto* bytes = const_data<unsigned char>(dense.back());

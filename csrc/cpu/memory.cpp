@@ -106,9 +106,7 @@ int64_t element_size(ScalarType dtype) {
 }
 
 Tensor recycled(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType dtype) {
-  int64_t bytes = element_size(dtype);
-  for (const int64_t size : sizes) bytes *= size;
-  const Memory memory = cache().take(bytes);
+  const Memory memory = cache().take(bytes_of(sizes, element_size(dtype)));
   const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
   return torch::stable::from_blob(memory.data, sizes, strides, cpu, dtype, [memory](void*) { cache().give(memory); });
 }
@@ -117,16 +115,17 @@ Tensor recycled(const std::vector<int64_t>& sizes, const std::vector<int64_t>& s
 
 Tensor new_activation(const Activation& a, ScalarType dtype) {
   const std::vector<int64_t> sizes{a.N, a.C, a.H, a.W};
-  if (a.numel() * element_size(dtype) >= kLeast) return recycled(sizes, {a.H * a.W * a.C, 1, a.W * a.C, a.C}, dtype);
+  if (bytes_of(sizes, element_size(dtype)) >= kLeast) return recycled(sizes, {a.H * a.W * a.C, 1, a.W * a.C, a.C}, dtype);
   return torch::stable::empty(sizes, dtype, std::nullopt, std::nullopt, std::nullopt,
                               torch::headeronly::MemoryFormat::ChannelsLast);
 }
 
 Tensor new_tensor(const std::vector<int64_t>& sizes, ScalarType dtype) {
+  const int64_t bytes = bytes_of(sizes, element_size(dtype));
   std::vector<int64_t> strides(sizes.size());
   int64_t numel = 1;
   for (size_t i = sizes.size(); i-- > 0; numel *= sizes[i]) strides[i] = numel;
-  if (numel * element_size(dtype) >= kLeast) return recycled(sizes, strides, dtype);
+  if (bytes >= kLeast) return recycled(sizes, strides, dtype);
   return torch::stable::empty(sizes, dtype);
 }
 

@@ -121,8 +121,8 @@ def parameter_gradients(
     ``sums`` (2, K), or (1, K) where no ``dgamma`` is needed.
     """
     dbeta, d_conv_bias = sums[0], None
-    if needs.conv_bias:
-        d_conv_bias = (torch.zeros_like(dbeta) if unit.batch_stats else bn[2] * dbeta).to(dtypes.conv)
+    if needs.conv_bias:  # absorbed it is zero, but for what is no number
+        d_conv_bias = (bn[2] * dbeta * (0 if unit.batch_stats else 1)).to(dtypes.conv)
     return (
         dw if needs.w else None,
         d_conv_bias,

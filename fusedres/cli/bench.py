@@ -89,14 +89,14 @@ def run(args: argparse.Namespace) -> int:
 def _write(args: argparse.Namespace, result: Result) -> None:
     stored = results.stored_under(args.results, result) if args.results else None
     for path in filter(None, (args.json, stored)):
-        common.writable_file(path).write_text(json.dumps(result, indent=1) + "\n")
+        common.write(path, json.dumps(result, indent=1) + "\n")
         print(f"\nwritten: {path}")
     if args.plot:
         plot.draw(result, args.plot)
         print(f"drawn: {args.plot}")
     if stored:
         (drawn,) = page.draw([result])
-        stored.with_suffix(".html").write_text(page.page([result], [drawn]), encoding="utf-8")
+        common.write(stored.with_suffix(".html"), page.page([result], [drawn]))
         plot.save(drawn, common.writable_folder(stored.with_suffix("")))
         print(f"drawn: {stored.with_suffix('.html')}, figures in {stored.with_suffix('')}")
 

@@ -9,7 +9,11 @@ from typing import Any, NoReturn
 import torch
 
 from fusedres import dispatch
+from fusedres.training.checkpoint import write_atomically
 
+MOST = 10**9
+MOST_THREADS = 1024
+MOST_SEED = 10**18
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -29,6 +33,29 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+    if value > MOST:
+        raise argparse.ArgumentTypeError(f"expected a number of at most {MOST}, got {text}")
+    return value
+
+
+def natural(text: str) -> int:
+    """An integer from 0 on."""
+    return 0 if text == "0" else positive(text)
+
+
+def thread_count(text: str) -> int:
+    """How many threads can be asked for: OpenMP ends the process where it cannot start as many."""
+    value = positive(text)
+    if value > MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"expected at most {MOST_THREADS} threads, got {text}")
+    return value
+
+
+def seed(text: str) -> int:
+    """An integer that torch and every sum of it with an epoch's number can be seeded with."""
+    value = int(text)
+    if abs(value) > MOST_SEED:
+        raise argparse.ArgumentTypeError(f"expected a number from {-MOST_SEED} to {MOST_SEED}, got {text}")
     return value
 
 
@@ -53,14 +80,14 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
         "--memory", choices=("standard", "recompute"), default="standard", help="memory mode of the blocks"
     )
     add_run_options(parser)
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights, order and augmentation (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of weights, order and augmentation (default: 0)")
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Where and how a network runs."""
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
     parser.add_argument("--engine", help=f"prefer one engine: {', '.join(dispatch.ENGINES)}")
-    parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--threads", type=thread_count, help="CPU threads (default: torch's choice)")
 
 
 def select_device(name: str) -> torch.device:
@@ -98,14 +125,30 @@ def writable_file(path: Path) -> Path:
     """``path``, its folder made where missing; UserError, before any work is done, where it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        existed = path.exists()
-        with path.open("ab"):
+        target = path.resolve()  # what is made here is removed again, but not a link to it
+        existed = target.exists()
+        with target.open("ab"):
             pass
         if not existed:
-            path.unlink()
+            target.unlink()
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
     return path
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """``content`` to ``path``, whole or not at all; what is no file of its own, a link or a device, is written through.
+
+    UserError where it cannot be written.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    try:
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            path.write_bytes(data)
+        else:
+            write_atomically(path, lambda file: file.write(data))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
 def writable_folder(path: Path) -> Path:

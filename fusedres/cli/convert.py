@@ -20,7 +20,6 @@ from fusedres import artefact
 from fusedres.card import FOLDED, Card
 from fusedres.cli import common, trained
 from fusedres.cli.common import UserError
-from fusedres.training.checkpoint import write_atomically
 
 HELP = "a checkpoint for inference: BN folded, as safetensors or ONNX"
 
@@ -69,11 +68,7 @@ def _check_outputs(args: argparse.Namespace) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """``content`` to ``path``, whole or not at all."""
-    try:
-        write_atomically(path, lambda file: file.write(content))
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    common.write(path, content)
     print(f"written: {path} ({len(content) / 2**20:.1f} MiB)")
 
 

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         "seconds": time.perf_counter() - start,
     }
     if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+        common.write(args.json, json.dumps(result, indent=2) + "\n")
     rows = [(name, f"{100 * result[key]:.2f}%") for name, key in (("top-1", "top1"), (f"top-{TOP}", "top5"))]
     rate = len(data) / result["seconds"]
     title = f"{network.arch}, {network.source}: {len(data)} pictures of {folder}, {rate:.1f} a second"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fusedres.cli import results, scaling, tables
-from fusedres.cli.common import UserError
+from fusedres.cli.common import UserError, write
 from fusedres.cli.contest import CHANNELS_LAST, FUSED, NCHW
 from fusedres.cli.results import Result, Row
 
@@ -43,9 +43,7 @@ class Drawn(NamedTuple):
 
     def svg(self) -> bytes:
         """The figure as an SVG document."""
-        buffer = io.BytesIO()
-        self.figure.savefig(buffer, format="svg", metadata={"Date": None})
-        return buffer.getvalue()
+        return _file(self.figure, "svg", metadata={"Date": None})
 
 
 def check(path: Path | None = None) -> None:
@@ -64,7 +62,7 @@ def draw(result: Result, path: Path) -> None:
     with _style():
         figure = _ratios(titled)
         figure.suptitle(f"{results.machine_name(result)}, {result['settings']['dtype']}", fontsize=9)
-        figure.savefig(path, dpi=160)
+        write(path, _file(figure, path.suffix.lower()[1:]))
 
 
 def save(drawn: Iterable[Drawn], folder: Path) -> list[Path]:
@@ -72,9 +70,16 @@ def save(drawn: Iterable[Drawn], folder: Path) -> list[Path]:
     paths = []
     for one in drawn:
         paths += [folder / f"{one.name}.svg", folder / f"{one.name}.png"]
-        paths[-2].write_bytes(one.svg())
-        one.figure.savefig(paths[-1], dpi=160)
+        write(paths[-2], one.svg())
+        write(paths[-1], _file(one.figure, "png"))
     return paths
+
+
+def _file(figure: Any, kind: str, **options: Any) -> bytes:
+    """What a file of ``figure`` holds."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind, dpi=160, **options)
+    return buffer.getvalue()
 
 
 def figures(result: Result, prefix: str = "") -> Iterator[Drawn]:

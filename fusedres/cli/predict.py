@@ -88,7 +88,7 @@ def _report(
             "pictures": results,
             "refused": list(map(str, refused)),
         }
-        args.json.write_text(json.dumps(record, indent=2) + "\n")
+        common.write(args.json, json.dumps(record, indent=2) + "\n")
     if results:
         rows = [
             (_printable(result["file"]) if rank == 0 else "", guess["label"], f"{100 * guess['probability']:.2f}%")

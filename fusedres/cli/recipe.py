@@ -58,7 +58,9 @@ def add_options(parser: argparse.ArgumentParser, out: str, digits: Recipe = RECI
     parser.add_argument("--amp", action="store_true", help="autocast: float16 on a GPU, bfloat16 on a CPU")
     parser.add_argument("--resume", action="store_true", help="go on from what is in --out")
     parser.add_argument("--eager", action="store_true", help="train the eager twin instead, for comparison")
-    parser.add_argument("--workers", type=int, default=0, help="processes that load pictures (default: none)")
+    parser.add_argument(
+        "--workers", type=common.natural, default=0, help="processes that load pictures (default: none)"
+    )
     parser.set_defaults(recipes=recipes)
 
 
@@ -72,12 +74,18 @@ def run(args: argparse.Namespace, body: Callable[[torch.device], int]) -> int:
         with common.select_engine(args.engine):
             return body(device)
     except (DataError, CheckpointError) as error:
-        raise common.UserError(str(error)) from None
+        raise common.UserError(_last_line(error)) from None
     except TrainingDiverged as error:
         print(f"fusedres: {error}", file=sys.stderr)
         return EXIT_DIVERGED
     finally:
         workers.stop()
+
+
+def _last_line(error: Exception) -> str:
+    """What ``error`` says. One of a loader's process comes with that process's traceback before it."""
+    kind = type(error)
+    return str(error).rstrip().splitlines()[-1].removeprefix(f"{kind.__module__}.{kind.__qualname__}: ")
 
 
 def settings_of(args: argparse.Namespace, arch: str, data: Data) -> Settings:

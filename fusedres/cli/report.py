@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         plot.check()
         drawn = page.draw(found)
     if args.html:
-        common.writable_file(args.html).write_text(page.page(found, drawn), encoding="utf-8")
+        common.write(args.html, page.page(found, drawn))
     if args.plots:
         plot.save(itertools.chain(*drawn), common.writable_folder(args.plots))
     if not any((args.plot, args.into, args.html, args.plots)):
@@ -70,7 +70,7 @@ def put_into(document: Path, result: Result) -> None:
     if not marked.search(text):
         raise common.UserError(f"{document} has no marks {BEGIN} and {END}")
     block = f"{BEGIN}\n{tables.markdown(result)}\n{END}"
-    common.writable_file(document).write_text(marked.sub(lambda _: block, text))
+    common.write(document, marked.sub(lambda _: block, text))
 
 
 def show_proof(verdicts: Sequence[Verdict]) -> None:

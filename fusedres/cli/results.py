@@ -62,14 +62,18 @@ def row_of(samples: Samples, batch: int) -> Row:
 
 def read(path: Path) -> Result:
     """The result in ``path``. UserError where it is missing or something else."""
+    from fusedres.cli import tables  # a room above: it draws on this one
+
     try:
         result = json.loads(path.read_text())
         if result["schema"] not in (1, SCHEMA):
             raise UserError(f"{path} has schema {result['schema']}, this version reads {SCHEMA}")
-        return _of_one_network(result) if result["schema"] == 1 else result
+        result = _of_one_network(result) if result["schema"] == 1 else result
+        tables.markdown(result)  # asks for everything that a result must have
+        return result
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path} was not written by `fusedres bench --json`") from None
 
 

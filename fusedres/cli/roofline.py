@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
             "dtype": str(dtype),
         }
         written = {"schema": SCHEMA, "commit": environment.commit(), **facts, "roof": roof._asdict()}
-        args.json.write_text(json.dumps(written | {"modes": _as_json(plans, roof)}, indent=1) + "\n")
+        common.write(args.json, json.dumps(written | {"modes": _as_json(plans, roof)}, indent=1) + "\n")
         print(f"\nwritten: {args.json}")
     return 0
 

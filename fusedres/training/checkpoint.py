@@ -21,11 +21,15 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     aside is fixed, so that a killed run leaves at most one such file and the next write takes it over.
     """
     aside = path.with_name(path.name + ".partial")
-    with open(aside, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    try:
+        with open(aside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:  # an interrupt too; a full disk should not be left fuller
+        aside.unlink(missing_ok=True)
+        raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

@@ -226,6 +226,15 @@ def _cifar10(folder: Path, size: int, seed: int) -> Data:
     return Data("cifar10", Pictures(train, augmented, seed), Pictures(test, plain), 10, preprocessing)
 
 
+def _open_picture(path: str) -> Any:
+    from torchvision.datasets.folder import default_loader
+
+    try:
+        return default_loader(path)
+    except Exception as error:  # a damaged file fails anywhere in Pillow's decoders
+        raise DataError(f"cannot read the picture {path} ({type(error).__name__})") from error
+
+
 def _imagefolder(folder: Path, size: int, seed: int) -> Data:
     """``folder/train/CLASS/*`` and ``folder/val/CLASS/*`` with the usual ImageNet transforms."""
     torchvision = _need("torchvision", "torchvision", "an image folder")
@@ -249,8 +258,8 @@ def _imagefolder(folder: Path, size: int, seed: int) -> Data:
         ]
     )
     try:
-        train = torchvision.datasets.ImageFolder(str(folder / "train"))
-        test = torchvision.datasets.ImageFolder(str(folder / "val"))
+        train = torchvision.datasets.ImageFolder(str(folder / "train"), loader=_open_picture)
+        test = torchvision.datasets.ImageFolder(str(folder / "val"), loader=_open_picture)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(f"{folder} is no image folder (train/CLASS/* and val/CLASS/*): {error}") from None
     if train.classes != test.classes:

@@ -180,6 +180,13 @@ class _Run:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint: every later step equals that of the run which wrote it."""
+        try:
+            self._restore(state)
+        except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
+            raise CheckpointError(f"{CHECKPOINT} does not hold this training run ({reason})") from error
+
+    def _restore(self, state: dict[str, Any]) -> None:
         asked = dataclasses.asdict(self.settings)
         for name, value in state["settings"].items():
             if value != asked.get(name):

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from build_emulator import COMPILER, missing, sanitized
+import sanitizers
+from build_emulator import missing, sanitized
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -25,21 +26,10 @@ SUITE = (
 
 
 def sanitized_environment(**more: str) -> dict[str, str]:
-    libraries = []
-    for name in ("libasan.so", "libstdc++.so.6"):  # the second, so that exceptions are seen from the start
-        asked = [COMPILER, f"-print-file-name={name}"]
-        libraries.append(subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip())
-    if not Path(libraries[0]).is_absolute():
-        pytest.skip(f"needs AddressSanitizer's library beside {COMPILER}")
-    return {
-        **os.environ,
-        "LD_PRELOAD": " ".join(libraries),
-        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
-        "UBSAN_OPTIONS": "print_stacktrace=0",
-        "FUSEDRES_EMULATOR_SANITIZE": "1",
-        "PYTHONPATH": os.pathsep.join((str(ROOT), str(HERE))),
-        **more,
-    }
+    if not sanitizers.preloads():
+        pytest.skip(f"needs AddressSanitizer's library beside {sanitizers.COMPILER}")
+    path = os.pathsep.join((str(ROOT), str(HERE)))
+    return sanitizers.environment(FUSEDRES_EMULATOR_SANITIZE="1", PYTHONPATH=path, **more)
 
 
 def run(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
