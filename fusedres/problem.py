@@ -16,9 +16,9 @@ def as_pair(value: int | Sequence[int]) -> Pair:
         return value
     if isinstance(value, int):
         return value, value
-    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) not in (1, 2):
-        raise ValueError(f"expected one or two integers, got {value!r}")
-    return value[0], value[-1]
+    if isinstance(value, tuple | list) and len(value) in (1, 2):
+        return value[0], value[-1]
+    raise ValueError(f"expected one or two integers, got {value!r}")
 
 
 def out_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:

@@ -63,8 +63,8 @@ int64_t storage_bytes(const Tensor& tensor) {
 std::string describe(const Tensor& tensor) {
   if (!tensor.defined()) return "None";
   const char* const where = !tensor.is_cpu() ? "non-CPU " : is_readable(tensor) ? "" : "memory too small for ";
-  return std::string(where) + dtype_name(tensor.scalar_type()) + " " +
-         tuple(tensor.sizes()) + " with strides " + tuple(tensor.strides());
+  return std::string(where) + dtype_name(tensor.scalar_type()) + " " + tuple(tensor.sizes()) + " with strides " +
+         tuple(tensor.strides());
 }
 
 int64_t bytes_of(const std::vector<int64_t>& sizes, int64_t element_size) {
@@ -92,7 +92,8 @@ Activation check_activation(const Tensor& tensor, const char* name) {
   const bool floating = dtype == ScalarType::Double || dtype == ScalarType::Float || dtype == ScalarType::BFloat16 ||
                         dtype == ScalarType::Half;
   require(is_readable(tensor) && tensor.dim() == 4 && floating && is_channels_last(tensor), name, " is ",
-          describe(tensor), ", expected a dense channels_last (N, C, H, W) CPU tensor of float64, float32, bfloat16 or float16");
+          describe(tensor),
+          ", expected a dense channels_last (N, C, H, W) CPU tensor of float64, float32, bfloat16 or float16");
   return {tensor.size(0), tensor.size(1), tensor.size(2), tensor.size(3)};
 }
 

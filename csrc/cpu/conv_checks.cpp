@@ -29,8 +29,9 @@ ConvAxes check_axes(const std::vector<int64_t>& input_size, const std::vector<in
 
 void check_weight(const Tensor& w) {
   const ScalarType dtype = w.defined() ? w.scalar_type() : ScalarType::Undefined;
-  require(is_readable(w) && w.dim() == 4 && w.numel() > 0 && (dtype == ScalarType::Float || dtype == ScalarType::Double),
-          "w is ", describe(w), ", expected a (K, C, R, S) CPU tensor of float32 or float64");
+  require(
+      is_readable(w) && w.dim() == 4 && w.numel() > 0 && (dtype == ScalarType::Float || dtype == ScalarType::Double),
+      "w is ", describe(w), ", expected a (K, C, R, S) CPU tensor of float32 or float64");
 }
 
 Conv check_conv(const Tensor& w, const Activation& in, ScalarType dtype, const std::vector<int64_t>& stride,

@@ -115,7 +115,8 @@ Tensor recycled(const std::vector<int64_t>& sizes, const std::vector<int64_t>& s
 
 Tensor new_activation(const Activation& a, ScalarType dtype) {
   const std::vector<int64_t> sizes{a.N, a.C, a.H, a.W};
-  if (bytes_of(sizes, element_size(dtype)) >= kLeast) return recycled(sizes, {a.H * a.W * a.C, 1, a.W * a.C, a.C}, dtype);
+  if (bytes_of(sizes, element_size(dtype)) >= kLeast)
+    return recycled(sizes, {a.H * a.W * a.C, 1, a.W * a.C, a.C}, dtype);
   return torch::stable::empty(sizes, dtype, std::nullopt, std::nullopt, std::nullopt,
                               torch::headeronly::MemoryFormat::ChannelsLast);
 }

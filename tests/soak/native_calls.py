@@ -97,6 +97,12 @@ def channel_stats(d: Draw) -> tuple[Any, ...]:
     return (d.map(d.size(), d.one_of(*FLOATS)),)
 
 
+def bn_finalize(d: Draw) -> tuple[Any, ...]:
+    k, dtype = d.size()[1], d.one_of(*CONV_FLOATS)
+    vectors = [d.maybe(d.tensor(k, dtype=dtype)) for _ in range(4)]
+    return d.rows(3, k, dtype), *vectors, d.maybe(torch.tensor(3)), d.one_of(None, 0.1), 1e-5
+
+
 def scale_shift_add_relu(d: Draw) -> tuple[Any, ...]:
     size, dtype = d.size(), d.one_of(*FLOATS)
     residual = d.maybe(d.map(size, dtype))
@@ -229,7 +235,16 @@ def fingerprint(d: Draw) -> tuple[Any, ...]:
 RIGHT: dict[str, Callable[[Draw], tuple[Any, ...]]] = {
     function.__name__: function
     for function in (
-        *(channel_stats, scale_shift_add_relu, drelu_dbn, drelu_dbn_, dbn, bn_relu_maxpool, bn_relu_maxpool_backward),
+        *(
+            channel_stats,
+            bn_finalize,
+            scale_shift_add_relu,
+            drelu_dbn,
+            drelu_dbn_,
+            dbn,
+            bn_relu_maxpool,
+            bn_relu_maxpool_backward,
+        ),
         *(conv_pack, conv_fprop, conv_dgrad, eval_chain, conv_wgrad, centered_wgrad, input_moments, max_abs),
         fingerprint,
     )
