@@ -100,7 +100,7 @@ def saved_bytes(model: nn.Module, x: Tensor) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in held:
             saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # an output that is kept whole keeps its node, which keeps it: freed by nobody
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = model(x)  # the graph must live while storages are told apart by their addresses

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import torch
 from torch import nn
 
@@ -61,6 +64,23 @@ def test_a_view_counts_with_its_whole_storage() -> None:
             return (x * 2)[:4].square()
 
     assert measure.saved_bytes(Half(), torch.randn(8, requires_grad=True)) == 8 * 4
+
+
+def test_what_was_measured_is_freed() -> None:
+    held = []
+
+    class Noting(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = (2 * x).exp()  # exp keeps its output
+            held.append(weakref.ref(y.untyped_storage()))
+            return y.sum()
+
+    gc.disable()
+    try:
+        measure.saved_bytes(Noting(), torch.randn(8, requires_grad=True))
+        assert held[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_contestants_take_turns_and_warm_up_is_not_recorded() -> None:

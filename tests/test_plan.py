@@ -65,7 +65,8 @@ def test_eager_traffic_of_a_bottleneck_is_that_of_the_design() -> None:
     assert activations(walked(eager, False), "forward") == 48
     assert activations(training, "forward") == 54
     assert activations(training, "backward") == 84
-    assert Counter(launch.phase for launch in training) == {"forward": 13, "backward": 13}
+    computing = [launch for launch in training if launch.ops != ("aten::copy_",)]  # of a weight gradient, in torch 2.11
+    assert Counter(launch.phase for launch in computing) == {"forward": 13, "backward": 13}
 
 
 def test_fused_traffic_of_a_bottleneck() -> None:
