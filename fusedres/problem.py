@@ -16,7 +16,7 @@ def as_pair(value: int | Sequence[int]) -> Pair:
         return value
     if isinstance(value, int):
         return value, value
-    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) not in (1, 2):
+    if not isinstance(value, (list, tuple)) or len(value) not in (1, 2):
         raise ValueError(f"expected one or two integers, got {value!r}")
     return value[0], value[-1]
 
