@@ -89,6 +89,8 @@ class _Search:
         nodes = self._past_identities([node])
         user = self._sole_user(nodes[-1])
         bn = self._modules.get(user)
+        if not self._is_still(node, user, []):
+            raise _Refused(f"its input may be written to before {called(user)} reads its output")
         if bn is not None and is_norm_act(bn):
             return self._norm_act_unit(conv, bn, (*nodes, user))
         if bn is None or not (is_batch_norm(bn) or isinstance(bn, nn.modules.batchnorm._BatchNorm)):

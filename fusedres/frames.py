@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import gc
 import os
 import sys
 import types
@@ -61,12 +62,15 @@ class Frames:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        former = sys.getprofile()
+        former, collects = sys.getprofile(), gc.isenabled()
+        gc.disable()  # what runs when garbage is collected is none of the forward's
         sys.setprofile(self._on_event)
         try:
             yield
         finally:
             sys.setprofile(former)
+            if collects:
+                gc.enable()
 
     def _on_event(self, frame: types.FrameType, event: str, arg: object) -> None:
         file, code = frame.f_code.co_filename, frame.f_code

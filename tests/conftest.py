@@ -12,7 +12,7 @@ from oracles import ENGINES
 import fusedres
 
 #: Few and always the same, unless ``--hypothesis-profile=soak`` asks for many new ones.
-settings.register_profile("few", max_examples=60, derandomize=True, database=None, deadline=None)
+settings.register_profile("few", max_examples=150, derandomize=True, database=None, deadline=None)
 settings.register_profile(
     "soak", max_examples=2000, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
 )

@@ -218,6 +218,9 @@ def assert_poison_spreads(fused: nn.Module, eager: nn.Module, x: Tensor, run: Ru
 @example(Case("layer", (2, 4, 5, 5), 6, bias=True, poison=float("nan")))
 @example(Case("layer", (4, 21, 4, 1), 63, stride=2, groups=7, dtype="bfloat16"))
 @example(Case("basic", (0, 4, 5, 5), 4, dtype="autocast"))
+@example(Case("basic", (1, 4, 1, 1), 4))
+@example(Case("layer", (2, 4, 5, 5), 6, bias=True, trains=(False,)))
+@example(Case("bottleneck", (2, 8, 5, 5), 2, hook=("forward", 1)))
 def test_block_computes_what_eager_computes_and_refuses_what_eager_refuses(case: Case) -> None:
     torch.manual_seed(0)
     fused, eager = twins(case)

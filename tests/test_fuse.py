@@ -296,6 +296,36 @@ def test_refused_with_its_reason_and_right_all_the_same(case: str) -> None:
         fuse(eager, strict=True)
 
 
+def test_garbage_collected_while_a_forward_is_traced_is_not_the_forwards() -> None:
+    def collected(phase: str, info: dict[str, int]) -> None:
+        random.random()
+
+    gc.callbacks.append(collected)
+    thresholds = gc.get_threshold()
+    gc.set_threshold(1)
+    try:
+        fused = fuse(made(Net()))
+        assert chains(fused) == ["conv-BN, ReLU"]
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.callbacks.remove(collected)
+
+
+def writing_between(m: Any, x: Tensor) -> Tensor:
+    x = x.sin()
+    z = m.conv(x)
+    x.mul_(2)
+    return m.bn(z) + x
+
+
+def test_input_written_to_between_conv_and_norm_is_read_before() -> None:
+    eager = made(Net(writing_between)).eval()
+    fused = fuse(eager)
+    assert "its input may be written to before bn reads its output" in reason(fused)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(input_()), eager(input_()), rtol=0, atol=1e-10)
+
+
 def test_second_reader_of_the_norm_keeps_it() -> None:
     eager = made(Net(lambda m, x: (lambda y: F.relu(y) + y)(m.bn(m.conv(x)))))
     fused = fuse(eager)

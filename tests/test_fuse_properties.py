@@ -172,6 +172,9 @@ def norms(net: nn.Module) -> Iterator[nn.BatchNorm2d]:
 @example(
     Program((Call("conv"), Call("norm"), Call("relu"), Call("conv"), Call("norm"), Call("+=")), results=(1,))
 )  # the norm's output by the name it had before the add
+@example(
+    Program((Call("conv"), Call("halved", 1), Call("norm", 1), Call("relu")), trains=(False,))
+)  # a write into the input, between the conv and its norm
 def test_fused_forward_of_random_calls_computes_what_eager_computes(program: Program) -> None:
     eager = eager_of(program)
     fused = fusedres.fuse(eager)

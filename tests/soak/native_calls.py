@@ -274,6 +274,10 @@ def _expanded(d: Draw, t: Tensor) -> Tensor:
     return t[:1].expand(t.shape) if t.dim() and len(t) else t
 
 
+def _many_channels_of_nothing(d: Draw, t: Tensor) -> Tensor:
+    return torch.empty(0, d.one_of(2**20, 2**33, 2**40), *t.shape[2:], dtype=t.dtype)
+
+
 def _off_its_alignment(d: Draw, t: Tensor) -> Tensor:
     room = torch.zeros(t.numel() + 1, dtype=t.dtype)[1:]
     return room.as_strided(t.shape, t.stride(), 1) if t.numel() and t.layout == torch.strided else t
@@ -293,6 +297,7 @@ SPOILED_TENSORS: dict[str, Callable[[Draw, Tensor], Any]] = {
     "contiguous": lambda d, t: t.contiguous(),
     "gaps": _with_gaps,
     "expanded": _expanded,
+    "many channels of nothing": _many_channels_of_nothing,
     "off its alignment": _off_its_alignment,
     "without its storage": _without_storage,
     "an axis more": lambda d, t: t[None],
@@ -318,13 +323,15 @@ def _spoiled(d: Draw, value: Any) -> tuple[str, Any]:
     if isinstance(value, list):
         filling = d.one_of(*NUMBERS) if value and isinstance(value[0], int) else torch.zeros(1)
         made = list(value)
-        what = d.one_of("shorter", "longer", "other entry", "empty")
+        what = d.one_of("shorter", "longer", "other entry", "other entries", "empty")
         if what == "shorter":
             made = made[:-1]
         elif what == "longer":
             made.append(filling)
         elif what == "empty":
             made = []
+        elif what == "other entries":
+            made = [filling] * len(made)
         elif made:
             made[d.random.randrange(len(made))] = filling
         return f"list {what}", made
