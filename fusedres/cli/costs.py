@@ -21,7 +21,7 @@ PREDECESSORS: dict[str, tuple[int, dict[str, Any]]] = {
     "vgg19_bn": (19, {}),
     "googlenet": (22, {"aux_logits": False, "init_weights": False}),
 }
-COST = "cost.json"
+COSTS = "costs.json"
 MODES = ("eval", "train")
 COLUMNS = ("layers", "M parameters", "GFLOP", "ms inference", "ms training", "MB kept")
 
@@ -34,8 +34,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def measured(args: argparse.Namespace, nets: Sequence[str], device: torch.device) -> dict[str, dict[str, Any]]:
-    """What each of ``nets`` and their predecessors costs. What is in ``--out`` and was measured alike is kept."""
+    """What each of ``nets`` and their predecessors costs, as measured now, or alike before and kept in ``--out``."""
+    names = [*nets, *PREDECESSORS]
     conditions = {
+        "nets": names,
         "size": args.cost_size,
         "batch": args.cost_batch,
         "rounds": args.rounds,
@@ -46,24 +48,13 @@ def measured(args: argparse.Namespace, nets: Sequence[str], device: torch.device
         "machine": environment.machine(),
         "versions": environment.versions(),
     }
-    costs = {}
-    names = [*nets, *PREDECESSORS]
-    with console.progress("measuring", len(names)) as advance:
-        for done, net in enumerate(names):
-            advance(done, net)
-            costs[net] = _cost(args, net, device, conditions)
-    return costs
-
-
-def _cost(args: argparse.Namespace, net: str, device: torch.device, conditions: dict[str, Any]) -> dict[str, Any]:
-    path = common.writable_folder(args.out / net) / COST
+    path = args.out / COSTS
     kept = _read(path)
-    if kept.get("conditions") == conditions:
-        return kept["cost"]
-    cost = {**size(net, args.cost_size), **_measure(args, net, device)}
-    record = json.dumps({"conditions": conditions, "cost": cost}, indent=1).encode()
-    write_atomically(path, lambda file: file.write(record))
-    return cost
+    if kept.get("conditions") != conditions:
+        kept = {"conditions": conditions, "costs": _measure(args, names, device)}
+        content = json.dumps(kept, indent=1).encode()
+        write_atomically(path, lambda file: file.write(content))
+    return kept["costs"]
 
 
 def cells(cost: Mapping[str, Any]) -> tuple[str, ...]:
@@ -97,18 +88,29 @@ def size(net: str, side: int) -> dict[str, int]:
     }
 
 
-def _measure(args: argparse.Namespace, net: str, device: torch.device) -> dict[str, float]:
-    """Seconds of an inference and of a training step, and bytes kept for backward; all a picture."""
-    model = networks.place(_build(net, args.memory, args.eager), device)
+def _measure(args: argparse.Namespace, nets: Sequence[str], device: torch.device) -> dict[str, dict[str, Any]]:
+    """The size of each net; seconds of an inference and a training step, and bytes kept for backward; all a picture.
+
+    The nets take turns, so that whatever else the machine does hits them all.
+    """
+    models = {net: networks.place(_build(net, args.memory, args.eager), device) for net in nets}
     shape = (args.cost_batch, 3, args.cost_size, args.cost_size)
     x = torch.randn(shape, device=device).contiguous(memory_format=torch.channels_last)
     target = torch.zeros(args.cost_batch, dtype=torch.long, device=device)
-    cost = {}
+    seconds = {}
     for mode in MODES:
-        call = contest.call(mode, model.train(mode == "train"), x, target)
-        samples = measure.interleaved({net: call}, args.rounds, device)
-        cost[f"{mode}_seconds"] = measure.medians(samples)[net] / args.cost_batch
-    return {**cost, "saved_bytes": measure.saved_bytes(model.train(), x) / args.cost_batch}
+        calls = {net: contest.call(mode, model.train(mode == "train"), x, target) for net, model in models.items()}
+        with console.progress(f"timing {mode}", args.rounds) as advance:
+            samples = measure.interleaved(calls, args.rounds, device, on_round=advance)
+        seconds[mode] = measure.medians(samples)
+    return {
+        net: {
+            **size(net, args.cost_size),
+            **{f"{mode}_seconds": seconds[mode][net] / args.cost_batch for mode in MODES},
+            "saved_bytes": measure.saved_bytes(model, x) / args.cost_batch,
+        }
+        for net, model in models.items()
+    }
 
 
 def _build(net: str, memory: str = "standard", eager: bool = False) -> nn.Module:
