@@ -43,7 +43,7 @@ def test_a_peer_computes_what_eager_computes(name: str, monkeypatch: pytest.Monk
     made = contest_of("resnet18")
     x, target = made.inputs(1, 64, None)  # one picture: an exporter could take it for a constant
     made.invite(EVAL, x)
-    (verdict,) = proof.admit(made, EVAL, x, target)
+    (verdict,) = proof.admit(made, EVAL, x)
     assert verdict.holds, made.left_out
     assert verdict.contestant == name
     assert verdict.error < 1e-5
@@ -56,7 +56,7 @@ def test_a_peer_that_trains_takes_part_in_training(monkeypatch: pytest.MonkeyPat
     made = contest_of("resnet18")
     x, target = made.inputs(2, 64, None)
     made.invite(TRAIN, x)
-    assert all(verdict.holds for verdict in proof.admit(made, TRAIN, x, target))
+    assert all(verdict.holds for verdict in proof.admit(made, TRAIN, x))
     assert "timm" in made.time(TRAIN, x, target, 1, lambda _: None)
     assert made.left_out == {("ONNX Runtime CPU", TRAIN): "it does not train"}
 
@@ -89,9 +89,9 @@ def test_a_peer_that_errs_is_left_out_with_the_reason(
 ) -> None:
     only(monkeypatch, Peer("odd", build), Peer("absent", build, needs=("no_such_package",)), named("apex bottleneck"))
     made = contest_of()
-    x, target = made.inputs(2, 32, None)
+    x, _ = made.inputs(2, 32, None)
     made.invite(EVAL, x)
-    proof.admit(made, EVAL, x, target)
+    proof.admit(made, EVAL, x)
     assert made.peers == {}
     assert made.left_out["odd", EVAL].startswith(why)
     assert made.left_out["absent", EVAL] == "no_such_package not installed"
@@ -107,7 +107,7 @@ def test_peers_run_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     made = contest_of()
     x, target = made.inputs(2, 32, None)
     made.invite(EVAL, x)
-    assert not proof.admit(made, EVAL, x, target)[0].holds
+    assert not proof.admit(made, EVAL, x)[0].holds
     assert all(verdict.holds for verdict in proof.prove(made, EVAL, x, target))
 
 
@@ -239,4 +239,6 @@ def test_scaling_proves_before_it_times(quick: None, unequal: Any, tmp_path: Pat
     argv = ["bench", "--arch", "cifar_resnet20", "--batch", "2", "--rounds", "1", "--eval", "--scaling"]
     assert cli.main([*argv, "--json", str(tmp_path / "r.json")]) == 1
     assert "does NOT equal eager (cifar_resnet20, eval, 32x32)" in capsys.readouterr().err
-    assert not (tmp_path / "r.json").exists()
+    kept = json.loads((tmp_path / "r.json").read_text())  # what was measured before
+    assert [network["arch"] for network in kept["networks"]] == ["cifar_resnet20"]
+    assert "scaling" not in kept

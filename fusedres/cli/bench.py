@@ -12,7 +12,7 @@ import datetime
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,22 +74,17 @@ def run(args: argparse.Namespace) -> int:
     common.set_threads(args.threads)
     device = common.select_device(args.device)
     result = _header(args, device)
+    stored = results.stored_under(args.results, result) if args.results else None
+    files = [path for path in (args.json, stored) if path]
     try:
         with common.select_engine(args.engine):
-            _measure(args, device, result)
+            for _ in _measure(args, device, result):
+                _keep(result, files)
     except proof.NotEqualError as error:
         print(f"fusedres: fused does NOT equal eager ({error}), so nothing of it is timed", file=sys.stderr)
         return EXIT_NOT_EQUAL
-    result["load"]["after"] = os.getloadavg()
     report.show(result)
-    _write(args, result)
-    return 0
-
-
-def _write(args: argparse.Namespace, result: Result) -> None:
-    stored = results.stored_under(args.results, result) if args.results else None
-    for path in filter(None, (args.json, stored)):
-        common.write(path, json.dumps(result, indent=1) + "\n")
+    for path in files:
         print(f"\nwritten: {path}")
     if args.plot:
         plot.draw(result, args.plot)
@@ -99,10 +94,18 @@ def _write(args: argparse.Namespace, result: Result) -> None:
         common.write(stored.with_suffix(".html"), page.page([result], [drawn]))
         plot.save(drawn, common.writable_folder(stored.with_suffix("")))
         print(f"drawn: {stored.with_suffix('.html')}, figures in {stored.with_suffix('')}")
+    return 0
 
 
-def _measure(args: argparse.Namespace, device: torch.device, result: Result) -> None:
-    """Add to ``result`` what is measured, network by network."""
+def _keep(result: Result, files: Sequence[Path]) -> None:
+    """Write what is there: a run that is stopped later has not been for nothing."""
+    result["load"]["after"] = os.getloadavg()
+    for path in files:
+        common.write(path, json.dumps(result, indent=1) + "\n")
+
+
+def _measure(args: argparse.Namespace, device: torch.device, result: Result) -> Iterator[None]:
+    """Add to ``result`` what is measured, a part at a time."""
     dtype = common.DTYPES[args.dtype]
     if args.bounds:
         result["roof"] = roofline.measured(device, dtype)._asdict()
@@ -116,8 +119,12 @@ def _measure(args: argparse.Namespace, device: torch.device, result: Result) -> 
             raise proof.NotEqualError(arch)
         roof = Roof(**result["roof"]) if args.bounds else None
         result["networks"].append(_measure_network(args, contest, size, inputs, verdicts, roof))
+        yield
     if args.scaling:
-        result["scaling"] = list(scaling.measure_all(dtype, device, args.memory, args.seed, args.rounds))
+        result["scaling"] = []
+        for row in scaling.measure_all(dtype, device, args.memory, args.seed, args.rounds):
+            result["scaling"].append(row)
+            yield
 
 
 def _inputs(args: argparse.Namespace, contest: Contest, size: int, picture: Tensor | None) -> list[Inputs]:
@@ -177,10 +184,11 @@ def _measure_network(
     timings, blocks = [], []
     largest = {mode: len(x) for mode, x, _ in inputs}
     for mode, x, target in inputs:
+        what = f"{contest.arch}, {mode}, batch {len(x)}"
         if args.peers:
             contest.invite(mode, x)
-            verdicts += proof.admit(contest, mode, x, target)
-        what = f"{contest.arch}, {mode}, batch {len(x)}"
+            with console.progress(f"peers of {what}", len(contest.peers)) as advance:
+                verdicts += proof.admit(contest, mode, x, advance)
         with console.progress(f"timing {what}", args.rounds) as advance:
             samples = contest.time(mode, x, target, args.rounds, advance)
         timing = {"mode": mode, "batch": len(x), **results.row_of(samples, len(x))}

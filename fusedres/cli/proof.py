@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from fusedres.cli import console
 from fusedres.cli.contest import CHANNELS_LAST, EAGER, FUSED, NCHW, Contest, layout, told
 from fusedres.cli.peers import EVAL, TRAIN, Run
 
@@ -71,12 +72,13 @@ def prove(contest: Contest, mode: str, x: Tensor, target: Tensor) -> list[Verdic
     return verdicts
 
 
-def admit(contest: Contest, mode: str, x: Tensor, target: Tensor) -> list[Verdict]:
+def admit(contest: Contest, mode: str, x: Tensor, advance: console.Advance = console.no_progress) -> list[Verdict]:
     """Compare the logits of every peer that was invited with eager's: half of the digits must agree, or it is out."""
     bound = torch.finfo(x.dtype).eps ** 0.5
     expected = _logits(mode, copy.deepcopy(contest.models[CHANNELS_LAST]).train(mode == TRAIN), CHANNELS_LAST, x)
     verdicts = []
-    for name, run in list(contest.peers.items()):
+    for done, (name, run) in enumerate(list(contest.peers.items())):
+        advance(done, name)  # its first call may compile for minutes
         try:
             found = _logits(mode, run, name, x)
         except Exception as failure:  # of another library's compiler, at its first call
