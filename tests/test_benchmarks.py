@@ -19,6 +19,7 @@ SOME = f"({CONV}) or (tail and residual and 2048 and not compile) or (block and 
 
 def run_benchmarks(folder: Path, chosen: str, *options: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{folder}"}
+    environment.pop("PYTEST_XDIST_WORKER", None)  # nothing is timed beside others, and this one is none of them
     command = [sys.executable, "-m", "pytest", "bench", "--benchmark-only", "-q", "-m", "quick", "-k", chosen, *options]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
 

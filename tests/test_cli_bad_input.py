@@ -17,7 +17,7 @@ from test_cli import ROOT, assert_one_line
 from trained_nets import ARCH, checkpoint, picture
 
 from fusedres import cli
-from fusedres.cli import common, report
+from fusedres.cli import common, experiment, report
 from fusedres.training import CHECKPOINT
 
 #: Arguments with which each command would begin to work, at once; an option given again overrides them.
@@ -27,13 +27,17 @@ QUICK = {
     "predict": ["a.png", "--weights", "net.pth", "--arch", ARCH, "--image-size", "32"],
     "evaluate": ["--data", "imagefolder:data", "--weights", "net.pth", "--arch", ARCH, "--image-size", "32"],
     "convert": ["net.pth", "--arch", ARCH, "--to", "to.safetensors", "--image-size", "32"],
+    **{
+        f"experiment {name}": ["--epochs", "1", "--image-size", "8", "--max-steps", "1", "--out", "out"]
+        for name in experiment.EXPERIMENTS
+    },
     "explain": ["--arch", "cifar_resnet20"],
     "info": [],
     "report": ["bench.json"],
     "roofline": ["--arch", "cifar_resnet20", "--batch", "1"],
 }
 LONG = "x" * 300  # more than a file's name may have
-OUTPUTS = ("json", "plot", "to", "onnx", "into")
+OUTPUTS = ("json", "plot", "to", "onnx", "into", "html")
 
 #: What an argument may not be, by how it is read.
 BAD_VALUES: dict[Any, list[str]] = {
@@ -51,25 +55,35 @@ def _bad_values(name: str, action: argparse.Action) -> list[str]:
         return ["no such choice"]
     if action.type is not Path:
         return BAD_VALUES[action.type]
-    if name == "out":
+    if action.metavar == "FOLDER":
         return ["/dev/null/x", "/sys/x", LONG]
-    suffix = {"to": ".safetensors", "onnx": ".onnx", "plot": ".png"}.get(name, ".json")
+    suffix = {"to": ".safetensors", "onnx": ".onnx", "plot": ".png", "html": ".html"}.get(name, ".json")
     outputs = [f"/sys/x{suffix}", f"/dev/null/x{suffix}", f"folder{suffix}"]  # nobody may write there, root neither
     return [*(outputs if name in OUTPUTS else ["nowhere", "folder.json"]), LONG + suffix]
 
 
+def commands(parser: argparse.ArgumentParser, *names: str) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """Each command under ``parser``, commands within commands included, and the parser of its arguments."""
+    subparsers = next((a for a in parser._actions if isinstance(a, argparse._SubParsersAction)), None)
+    if subparsers is None:
+        yield " ".join(names), parser
+        return
+    for name, inner in subparsers.choices.items():
+        yield from commands(inner, *names, name)
+
+
 def bad_arguments() -> Iterator[tuple[str, ...]]:
     """(command, its arguments ...) with every option in turn set to every value that it may not have."""
-    subparsers = next(a for a in cli.make_parser()._actions if isinstance(a, argparse._SubParsersAction))
-    for command, parser in subparsers.choices.items():
+    for command, parser in commands(cli.make_parser()):
+        quick = QUICK[command]
         for action in parser._actions:
             if action.nargs == 0:  # a switch takes no value
                 continue
             for value in _bad_values(action.dest, action):
                 if action.option_strings:
-                    yield command, *QUICK[command], f"{action.option_strings[0]}={value}"
+                    yield *command.split(), *quick, f"{action.option_strings[0]}={value}"
                 elif (command, value) != ("explain", ""):
-                    yield command, value, *QUICK[command][1 if command in ("predict", "convert", "report") else 0 :]
+                    yield command, value, *quick[1 if command in ("predict", "convert", "report") else 0 :]
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +95,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("data/0", "data/1"):
         (folder / name).mkdir(parents=True)
         picture(folder / name / "a.png")
-    for suffix in (".json", ".safetensors", ".onnx", ".png"):
+    for suffix in (".json", ".safetensors", ".onnx", ".png", ".html"):
         (folder / f"folder{suffix}").mkdir()
     results = ROOT / "bench" / "results" / "amd-epyc-avx2-2-threads" / "resnet50.json"
     (folder / "bench.json").write_bytes(results.read_bytes())

@@ -112,7 +112,8 @@ def assert_eval_accurate(make: Callable[[str], nn.Module], name: str, share: flo
 
 def assert_step_accurate(make: Callable[[str], nn.Module], name: str, side: int = 33) -> None:
     eager = decide_relus(shake(make(name))).train()
-    assert_accurate(step_results(Maps(fusedres.fuse(eager)), Maps(eager), images(4, side, torch.float32)))
+    inputs = (images(4, side, torch.float32, seed) for seed in (1, 2, 3))  # some gradient is always luckier in eager
+    assert_accurate(*(step_results(Maps(fusedres.fuse(eager)), Maps(eager), x) for x in inputs))
 
 
 @pytest.mark.parametrize("name", SHARES)

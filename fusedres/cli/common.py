@@ -137,15 +137,16 @@ def writable_file(path: Path) -> Path:
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """``content`` to ``path``, whole or not at all; what is no file of its own, a link or a device, is written through.
+    """``content`` to ``path``, whole or not at all, its folder made where missing.
 
-    UserError where it cannot be written.
+    What is no file of its own, a link or a device, is written through. UserError where it cannot be written.
     """
     data = content.encode() if isinstance(content, str) else content
     try:
         if path.is_symlink() or (path.exists() and not path.is_file()):
             path.write_bytes(data)
         else:
+            path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, lambda file: file.write(data))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None

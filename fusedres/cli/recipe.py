@@ -48,7 +48,9 @@ def add_options(parser: argparse.ArgumentParser, out: str, digits: Recipe = RECI
         for name in ("epochs", "batch")
     }
     parser.add_argument("--data", default="digits", help="digits (default), cifar10:PATH or imagefolder:PATH")
-    parser.add_argument("--out", type=Path, default=Path(out), help="folder of the results (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", default=Path(out), help="where results are written (default: %(default)s)"
+    )
     parser.add_argument(
         "--image-size", type=common.positive, help="side of the pictures (default: what data and net suit)"
     )
