@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
+from torch.nn.functional import conv2d
 
 from fusedres.measure import interleaved
 from fusedres.plan import Launch
@@ -50,25 +51,42 @@ GPU_DTYPES = (torch.float16, torch.bfloat16)
 
 #: More than the last-level cache of any CPU or GPU here.
 _COPIED_BYTES = 512 << 20
+#: A convolution that keeps every unit busy.
+_CONV_PICTURES, _CONV_WIDTH, _CONV_SIDE = 8, 256, 28
 _ROUNDS = 20  # so that some fall between what else the machine does
 
 
 def measured(device: torch.device, dtype: torch.dtype) -> Roof:
-    """The roof of this machine: the best of several copies of 512 MiB, and of several products of square matrices."""
+    """The roof of this machine: the best of several copies, and of several convolutions and matrix products.
+
+    On some CPUs the convolution is twice as fast as the product, whose library is of another maker.
+    """
     source = torch.empty(_COPIED_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     side = 2048 if device.type == "cpu" else 8192
     a, b, c = (torch.randn(side, side, device=device).to(dtype) for _ in range(3))
+    pictures = _CONV_PICTURES if device.type == "cpu" else 32 * _CONV_PICTURES
+    x, weight = (
+        torch.randn(size, device=device).to(dtype, memory_format=torch.channels_last)
+        for size in ((pictures, _CONV_WIDTH, _CONV_SIDE, _CONV_SIDE), (_CONV_WIDTH, _CONV_WIDTH, 3, 3))
+    )
     calls: dict[str, Callable[[], object]] = {
         "copy": lambda: target.copy_(source),
         "product": lambda: torch.mm(a, b, out=c),
+        "convolution": torch.inference_mode()(lambda: conv2d(x, weight, padding=1)),
     }
+    flops = {"product": 2 * side**3, "convolution": 2 * 9 * pictures * (_CONV_SIDE * _CONV_WIDTH) ** 2}
     best = {name: min(samples) for name, samples in interleaved(calls, _ROUNDS, device).items()}
+    fastest = max(flops, key=lambda name: flops[name] / best[name])
     name = (
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"this CPU, {torch.get_num_threads()} threads"
     )
-    what = f"measured: copy of {_COPIED_BYTES >> 20} MiB, product of {side} x {side} in {str(dtype).split('.')[1]}"
-    return Roof(name, 2 * _COPIED_BYTES / best["copy"], 2 * side**3 / best["product"], what)
+    told = {
+        "product": f"product of {side} x {side}",
+        "convolution": f"3x3 convolution of {pictures}x{_CONV_WIDTH}x{_CONV_SIDE}x{_CONV_SIDE}",
+    }
+    what = f"measured: copy of {_COPIED_BYTES >> 20} MiB, {told[fastest]} in {str(dtype).split('.')[1]}"
+    return Roof(name, 2 * _COPIED_BYTES / best["copy"], flops[fastest] / best[fastest], what)
 
 
 class Bound(NamedTuple):

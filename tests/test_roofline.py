@@ -67,6 +67,17 @@ def test_roof_of_this_machine_is_positive_and_says_how_it_was_measured(quick_roo
     assert "copy of 4 MiB" in roof.source
 
 
+@pytest.mark.parametrize("fastest", ["product", "convolution"])
+def test_roof_is_of_whatever_computes_fastest(fastest: str, quick_roof: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def timed(calls: dict[str, object], rounds: int, device: torch.device) -> dict[str, list[float]]:
+        return {name: [0.5, 0.01 if name == fastest else 1.0] for name in calls}
+
+    monkeypatch.setattr(roofline, "interleaved", timed)
+    roof = roofline.measured(torch.device("cpu"), torch.float32)
+    assert fastest in roof.source
+    assert roof.flops_per_s == {"product": 2 * 2048**3, "convolution": 18 * 8 * (256 * 28) ** 2}[fastest] / 0.01
+
+
 def test_command_prints_and_writes_the_same_plan(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = tmp_path / "made" / "roof.json"
     argv = ["roofline", "--gpu", "h100", "--arch", "resnet18", "--batch", "4", "--mode", "block", "--json", str(path)]

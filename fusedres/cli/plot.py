@@ -117,7 +117,7 @@ def _network_figures(prefix: str, result: Result, network: Row) -> Iterator[Draw
             arch,
             f"{arch}: roofline",
             "Each distinct block: floating-point operations a byte of planned traffic, and how many of them a second."
-            " The line is what this machine's copy and matrix product reach.",
+            " The line is what a copy and the better of a matrix product and a convolution reach here.",
             _roofline(network["blocks"], result["roof"]),
         )
     if network["saved_bytes_per_image"]:
