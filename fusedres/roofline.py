@@ -70,23 +70,22 @@ def measured(device: torch.device, dtype: torch.dtype) -> Roof:
         torch.randn(size, device=device).to(dtype, memory_format=torch.channels_last)
         for size in ((pictures, _CONV_WIDTH, _CONV_SIDE, _CONV_SIDE), (_CONV_WIDTH, _CONV_WIDTH, 3, 3))
     )
+    copy = f"copy of {_COPIED_BYTES >> 20} MiB"
+    product = f"product of {side} x {side}"
+    convolution = f"3x3 convolution of {pictures}x{_CONV_WIDTH}x{_CONV_SIDE}x{_CONV_SIDE}"
     calls: dict[str, Callable[[], object]] = {
-        "copy": lambda: target.copy_(source),
-        "product": lambda: torch.mm(a, b, out=c),
-        "convolution": torch.inference_mode()(lambda: conv2d(x, weight, padding=1)),
+        copy: lambda: target.copy_(source),
+        product: lambda: torch.mm(a, b, out=c),
+        convolution: lambda: conv2d(x, weight, padding=1),
     }
-    flops = {"product": 2 * side**3, "convolution": 2 * 9 * pictures * (_CONV_SIDE * _CONV_WIDTH) ** 2}
+    flops = {product: 2 * side**3, convolution: 2 * 9 * pictures * (_CONV_SIDE * _CONV_WIDTH) ** 2}
     best = {name: min(samples) for name, samples in interleaved(calls, _ROUNDS, device).items()}
     fastest = max(flops, key=lambda name: flops[name] / best[name])
     name = (
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"this CPU, {torch.get_num_threads()} threads"
     )
-    told = {
-        "product": f"product of {side} x {side}",
-        "convolution": f"3x3 convolution of {pictures}x{_CONV_WIDTH}x{_CONV_SIDE}x{_CONV_SIDE}",
-    }
-    what = f"measured: copy of {_COPIED_BYTES >> 20} MiB, {told[fastest]} in {str(dtype).split('.')[1]}"
-    return Roof(name, 2 * _COPIED_BYTES / best["copy"], flops[fastest] / best[fastest], what)
+    what = f"measured: {copy}, {fastest} in {str(dtype).split('.')[1]}"
+    return Roof(name, 2 * _COPIED_BYTES / best[copy], flops[fastest] / best[fastest], what)
 
 
 class Bound(NamedTuple):

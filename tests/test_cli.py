@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import os
@@ -28,6 +29,12 @@ def run_process(*arguments: str, **options) -> subprocess.CompletedProcess:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "fusedres", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, **options)
+
+
+def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The parser of each command within ``parser``, by name."""
+    actions = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    return {name: child for action in actions for name, child in action.choices.items()}
 
 
 def assert_one_line(code: int, err: str, *words: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_cli import ROOT, assert_one_line
+from test_cli import ROOT, assert_one_line, subcommands
 from trained_nets import ARCH, checkpoint, picture
 
 from fusedres import cli
@@ -64,12 +64,11 @@ def _bad_values(name: str, action: argparse.Action) -> list[str]:
 
 def commands(parser: argparse.ArgumentParser, *names: str) -> Iterator[tuple[str, argparse.ArgumentParser]]:
     """Each command under ``parser``, commands within commands included, and the parser of its arguments."""
-    subparsers = next((a for a in parser._actions if isinstance(a, argparse._SubParsersAction)), None)
-    if subparsers is None:
+    inner = subcommands(parser)
+    if not inner:
         yield " ".join(names), parser
-        return
-    for name, inner in subparsers.choices.items():
-        yield from commands(inner, *names, name)
+    for name, child in inner.items():
+        yield from commands(child, *names, name)
 
 
 def bad_arguments() -> Iterator[tuple[str, ...]]:

@@ -7,7 +7,6 @@ blocks are parsed; of those within a line, ``fusedres ...``, command and options
 
 from __future__ import annotations
 
-import argparse
 import re
 import shlex
 from pathlib import Path
@@ -15,10 +14,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from test_cli import ROOT, subcommands
 
 from fusedres import cli
 
-ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 RUNNERS = r"(?:torchrun .*?-m fusedres|python -m fusedres|fusedres)"
 
@@ -99,19 +98,14 @@ def test_marked_shell_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_within_the_text_exist(page: Path) -> None:
-    subparsers = _subparsers(cli.make_parser())
+    named = subcommands(cli.make_parser())
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     for code in re.findall(rf"`{RUNNERS} ([^`]+)`", text):
         name, *words = shlex.split(code)
-        parser = subparsers[name]
+        parser = named[name]
         for word in words:
-            parser = _subparsers(parser).get(word, parser)
+            parser = subcommands(parser).get(word, parser)
             assert not word.startswith("--") or word in parser._option_string_actions, code
-
-
-def _subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    actions = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-    return {name: child for action in actions for name, child in action.choices.items()}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

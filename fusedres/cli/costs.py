@@ -52,8 +52,7 @@ def measured(args: argparse.Namespace, nets: Sequence[str], device: torch.device
     kept = _read(path)
     if kept.get("conditions") != conditions:
         kept = {"conditions": conditions, "costs": _measure(args, names, device)}
-        content = json.dumps(kept, indent=1).encode()
-        write_atomically(path, lambda file: file.write(content))
+        common.write(path, json.dumps(kept, indent=1))
     return kept["costs"]
 
 
@@ -107,7 +106,7 @@ def _measure(args: argparse.Namespace, nets: Sequence[str], device: torch.device
         net: {
             **size(net, args.cost_size),
             **{f"{mode}_seconds": seconds[mode][net] / args.cost_batch for mode in MODES},
-            "saved_bytes": measure.saved_bytes(model, x) / args.cost_batch,
+            "saved_bytes": measure.saved_bytes(model.train(), x) / args.cost_batch,
         }
         for net, model in models.items()
     }
