@@ -3,9 +3,11 @@
     python bench/gpu.py [--batch 256] [--arch resnet50] [--rounds 20] [--dtypes float16 bfloat16] [--compile]
                         [--serve 1 128] [--out bench/results]
 
-Contestants take turns within one run; figures are medians of wall time around a synchronised step, launched op by op
-and replayed as a CUDA graph ("<name> graph"). A training step is zero_grad, forward under autocast, cross_entropy and
-backward, without optimizer. ``--serve``: batches of an eval in float16 weights, as a server runs it, by every engine.
+Contestants take turns within one run; figures are medians of wall time around a synchronised step, launched op by op,
+replayed as one CUDA graph ("<name> graph"), and in training by ``torch.cuda.make_graphed_callables`` ("<name>
+graphed"), which captures forward and backward of the model alone. A training step is zero_grad, forward under autocast,
+cross_entropy and backward, without optimizer. ``--serve``: batches of an eval in float16 weights, as a server runs it,
+by every engine. ``--compile`` takes minutes and comes last.
 The result goes to ``<out>/<gpu-name>/``. Exit code 2 where there is no GPU.
 """
 
@@ -17,6 +19,7 @@ import itertools
 import json
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,20 +48,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--serve", nargs="*", type=int, default=[1, 128])
-    parser.add_argument("--compile", action="store_true", help="time torch.compile(mode='max-autotune') of eager too")
+    parser.add_argument("--compile", action="store_true", help="time torch.compile in training too, of both")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     return parser.parse_args()
 
 
 def contestants(args: argparse.Namespace) -> dict[str, nn.Module]:
-    """eager and fused with the same state, channels_last on the GPU; of eager a compiled copy where asked for."""
+    """eager and fused with the same state, channels_last on the GPU."""
     import torchvision
 
     eager, fused = (getattr(family, args.arch)() for family in (torchvision.models, fusedres))
-    models = {k: m.cuda() for k, m in pair(eager, fused).items()}
-    if args.compile:
-        models["compiled"] = torch.compile(copy.deepcopy(models["eager"]), mode="max-autotune")
-    return models
+    return {k: m.cuda() for k, m in pair(eager, fused).items()}
 
 
 def training_step(model: nn.Module, inputs: list[Tensor], labels: Tensor, dtype: torch.dtype) -> Callable[[], None]:
@@ -97,10 +97,20 @@ def prove(models: dict[str, nn.Module], x: Tensor, dtype: torch.dtype) -> dict[s
     return errors
 
 
-def measure(models: dict[str, nn.Module], args: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
+def graphed(model: nn.Module, x: Tensor, dtype: torch.dtype) -> nn.Module:
+    """A copy of ``model`` whose forward and backward are CUDA graphs."""
+    with torch.autocast("cuda", dtype, cache_enabled=False):
+        return torch.cuda.make_graphed_callables(copy.deepcopy(model), (x,))
+
+
+def data(args: argparse.Namespace) -> tuple[list[Tensor], Tensor]:
     size = (args.batch, 3, args.side, args.side)
     inputs = [torch.randn(size, device="cuda").to(memory_format=torch.channels_last) for _ in range(INPUTS)]
-    labels = torch.randint(1000, (args.batch,), device="cuda")
+    return inputs, torch.randint(1000, (args.batch,), device="cuda")
+
+
+def measure(models: dict[str, nn.Module], args: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
+    inputs, labels = data(args)
     found: dict[str, Any] = {"errors": prove(models, inputs[0], dtype)}
     for mode in ("train", "eval"):
         is_training = mode == "train"
@@ -112,7 +122,10 @@ def measure(models: dict[str, nn.Module], args: argparse.Namespace, dtype: torch
             name: training_step(m, inputs, labels, dtype) if is_training else inference(m, inputs, dtype)
             for name, m in models.items()
         }
-        steps |= {f"{name} graph": captured(step) for name, step in steps.items() if name != "compiled"}
+        steps |= {f"{name} graph": captured(step) for name, step in steps.items()}
+        if is_training:
+            for name, model in models.items():
+                steps[f"{name} graphed"] = training_step(graphed(model, inputs[0], dtype), inputs, labels, dtype)
         samples = interleaved(steps, args.rounds, "cuda", warmup=5)
         seconds = medians(samples)
         found[mode] = {
@@ -149,13 +162,40 @@ def serve(models: dict[str, nn.Module], args: argparse.Namespace) -> dict[str, A
     return found
 
 
+#: What of torch.compile is timed, each of a model of its own.
+COMPILED = (("fused", "reduce-overhead"), ("eager", "max-autotune"))
+
+
+def compiled(args: argparse.Namespace, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    """Training steps of compiled models against the fused one captured as a CUDA graph, and what compiling took."""
+    inputs, labels = data(args)
+    found: dict[str, Any] = {}
+    for name, mode in COMPILED:
+        models = contestants(args)
+        model = torch.compile(models[name].train(), mode=mode)
+        steps = {
+            f"{name} compiled": training_step(model, inputs, labels, dtype),
+            "fused graph": captured(training_step(models["fused"].train(), inputs, labels, dtype)),
+        }
+        start = time.perf_counter()
+        steps[f"{name} compiled"]()
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        samples = interleaved(steps, args.rounds, "cuda", warmup=5)
+        found[f"{name} {mode}"] = {"compilation": seconds, "seconds": medians(samples), "samples": samples}
+        print(f"{args.arch} {dtype} train, {name} {mode} compiled in {seconds:.0f} s: {milliseconds(samples)}", flush=True)
+        yield {"compiled": found}
+
+
 def stages(models: dict[str, nn.Module], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for name in args.dtypes:
         yield {name: measure(models, args, DTYPES[name])}
-    models.pop("compiled", None)
     for model in models.values():
         fusedres.freeze(model.eval().half())
     yield {"serve": serve(models, args)}
+    models.clear()
+    if args.compile:
+        yield from compiled(args, DTYPES[args.dtypes[0]])
 
 
 def main() -> int:

@@ -64,7 +64,7 @@ def pixels(x: Tensor) -> int:
 def pixel_matrix(x: Tensor, stride: Sequence[int] = (1, 1)) -> Tensor:
     """(N, C, H, W) channels_last -> (N*P*Q, C): the pixels of every ``stride``-th row and column, as GEMM rows."""
     x = x[:, :, :: stride[0], :: stride[1]] if tuple(stride) != (1, 1) else x
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+    return x.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def from_pixel_matrix(rows: Tensor, n: int, p: int, q: int) -> Tensor:

@@ -136,6 +136,15 @@ def test_conv_wgrad_is_as_accurate_as_eager(problem: ConvProblem, prologue: bool
     assert_as_accurate_as_eager(dw, eager(args), eager(args.double()))
 
 
+@dtypes
+@prologues
+@pytest.mark.parametrize("size", [(2, 0, 3, 3), (0, 4, 3, 3), (2, 4, 0, 3), (0, 0, 0, 0)], ids=str)
+def test_the_moments_of_nothing_are_zero(size: tuple[int, ...], prologue: bool, dtype: torch.dtype) -> None:
+    make = Operands(dtype)
+    moments = kernels.input_moments(make.activation(*size), make.bn(size[1]) if prologue else None, (2, 1))
+    assert torch.equal(moments, torch.zeros(size[1] + 1, size[1], dtype=acc_dtype(dtype)))
+
+
 @inputs
 @prologues
 @dtypes

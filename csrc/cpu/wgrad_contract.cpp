@@ -36,6 +36,7 @@ template <typename T, typename Tile, typename Out>
 void contract_pixels(const WgradProblem& problem, const WgradOperand<T>& g, const WgradOperand<T>& x, Out* dw) {
   const auto accumulate = FUSEDRES_BEST_ISA(wgrad_accumulate<T, Tile>);
   const auto write = FUSEDRES_BEST_ISA(wgrad_write<T, Tile, Out>);
+  if (problem.K == 0 || problem.C == 0) return;  // of no channels there is nothing to write, and no tile
   const WgradPlan plan(problem);
   const WgradBuffers sizes = FUSEDRES_BEST_ISA(wgrad_buffers<T>)(plan);
   const int64_t tiles = plan.tiles(), chunks = plan.chunks(), tasks = tiles * chunks;

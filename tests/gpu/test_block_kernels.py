@@ -114,11 +114,12 @@ def test_eval_of_a_network_is_a_launch_a_served_block_and_can_be_captured(name: 
         reference = copy.deepcopy(eager).double()(x.double())
         theirs = (eager.cuda()(x.cuda()).cpu().double() - reference).abs().max()
         fused, images = fusedres.freeze(fused.cuda()), x.cuda()
-        first = fused(images)  # folds
-        ops = count_launches(lambda: fused(images)).forward_ops
-        graph, static = torch.cuda.CUDAGraph(), images.clone()
-        with torch.cuda.graph(graph):
-            captured = fused(static)
+        with fusedres.engine("cuda"):
+            first = fused(images)  # folds
+            ops = count_launches(lambda: fused(images)).forward_ops
+            graph, static = torch.cuda.CUDAGraph(), images.clone()
+            with torch.cuda.graph(graph):
+                captured = fused(static)
         static.copy_(images)
         graph.replay()
     blocks = {"resnet18": ("basic_block_fprop", 2 + 2), "resnet50": ("bottleneck_fprop", 3 + 4 + 6)}
