@@ -46,7 +46,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--side", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--dtypes", nargs="*", choices=DTYPES, default=list(DTYPES), help="of training and eval")
     parser.add_argument("--serve", nargs="*", type=int, default=[1, 128])
     parser.add_argument("--compile", action="store_true", help="time torch.compile in training too, of both")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
@@ -183,7 +183,9 @@ def compiled(args: argparse.Namespace, dtype: torch.dtype) -> Iterator[dict[str,
         seconds = time.perf_counter() - start
         samples = interleaved(steps, args.rounds, "cuda", warmup=5)
         found[f"{name} {mode}"] = {"compilation": seconds, "seconds": medians(samples), "samples": samples}
-        print(f"{args.arch} {dtype} train, {name} {mode} compiled in {seconds:.0f} s: {milliseconds(samples)}", flush=True)
+        print(
+            f"{args.arch} {dtype} train, {name} {mode} compiled in {seconds:.0f} s: {milliseconds(samples)}", flush=True
+        )
         yield {"compiled": found}
 
 
@@ -195,7 +197,7 @@ def stages(models: dict[str, nn.Module], args: argparse.Namespace) -> Iterator[d
     yield {"serve": serve(models, args)}
     models.clear()
     if args.compile:
-        yield from compiled(args, DTYPES[args.dtypes[0]])
+        yield from compiled(args, torch.float16)
 
 
 def main() -> int:

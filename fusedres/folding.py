@@ -70,6 +70,10 @@ _entries: WeakKeyDictionary[nn.Module, _Entry] = WeakKeyDictionary()
 #: The last such call of each chain, by its first conv.
 _recalled: WeakKeyDictionary[nn.Module, _Recalled] = WeakKeyDictionary()
 
+#: Folded forms that CUDA graphs were captured with, by first conv. A graph reads their weights as often as it is
+#: replayed and keeps nothing alive, so they stay as long as the module.
+_captured: WeakKeyDictionary[nn.Module, list[_Entry]] = WeakKeyDictionary()
+
 #: The first convs of chains whose parameters were declared final.
 _frozen: WeakSet[nn.Module] = WeakSet()
 
@@ -79,7 +83,8 @@ def freeze(model: nn.Module) -> nn.Module:
 
     Folded weights still follow every change that moves a version counter (optimizers, ``copy_``, ``load_state_dict``,
     moves to another dtype). Unseen are only writes that bypass it: through ``.data``, NumPy or another process. Copies
-    of the model are not frozen. TypeError where ``model`` is no module.
+    of the model are not frozen. A CUDA graph captured of a frozen model that had run before keeps the weights it was
+    captured with, and them alive as long as the model. TypeError where ``model`` is no module.
     """
     convs = [module for module in checked_module(model).modules() if isinstance(module, nn.Conv2d)]
     _frozen.update(convs)
@@ -123,11 +128,15 @@ def run(
         return live(x, residual)
     state = _state(conv, _tensors(pairs))
     entry = _entries.get(conv)
-    if entry is None or state is None or entry.key != key or entry.state != state:
-        _entries.pop(conv, None)
-        entry = _Entry(key, state, _compile(_fold(spec, pairs, pool, x.dtype), x))
-        if state is not None:
-            _entries[conv] = entry
+    if entry is not None and state is not None and entry.key == key and entry.state == state:
+        _keep_for_graph(conv, entry, x)
+        return entry.run(x, residual)
+    if _is_capturing(x):  # the graph folds at every replay; before the first one there are no weights to be kept
+        return _compile(_fold(spec, pairs, pool, x.dtype), x)(x, residual)
+    _entries.pop(conv, None)
+    entry = _Entry(key, state, _compile(_fold(spec, pairs, pool, x.dtype), x))
+    if state is not None:
+        _entries[conv] = entry
     return entry.run(x, residual)
 
 
@@ -150,8 +159,19 @@ def recall(
         or not last.entry.follows(pairs[0].conv, last.tensors)
     ):
         return None
+    _keep_for_graph(pairs[0].conv, last.entry, x)
     with autocast.suspended(x.device.type):
         return last.entry.run(x, None)
+
+
+def _is_capturing(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _keep_for_graph(conv: nn.Module, entry: _Entry, x: Tensor) -> None:
+    """While a CUDA graph is captured, keep what it will read."""
+    if _is_capturing(x) and not any(entry is kept for kept in _captured.setdefault(conv, [])):
+        _captured[conv].append(entry)
 
 
 def remember(
@@ -163,7 +183,7 @@ def remember(
     is_other_tensor = isinstance(shortcut, Tensor) and shortcut is not x
     # Another thread may have left an entry of its own.
     is_ours = entry is not None and entry.key[2:] == (x.shape, x.dtype, x.device)
-    if entry is None or not is_ours or is_other_tensor or not _may_recall(x):
+    if entry is None or not is_ours or is_other_tensor or not _may_recall(x) or _is_capturing(x):
         _recalled.pop(conv, None)
         return
     guards = tuple(map(Guard.of, _modules(pairs, shortcut, activations)))

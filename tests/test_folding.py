@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import threading
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -307,6 +308,41 @@ def test_frozen_models_born_in_inference_mode_follow_changes_without_counters(en
         for module in (born_there, eager):
             module.bn1.weight.mul_(2)
         torch.testing.assert_close(born_there(x), eager(x), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_what_a_cuda_graph_reads_stays_and_what_it_folds_is_not_kept(
+    engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a capture goes, on this device; tests/gpu captures."""
+    blocks = [folding.freeze(FusedBasicBlock(8, 8).eval())]
+    x, other = batch(2, 8, 6, 5), batch(3, 8, 6, 5)
+
+    def weights(is_captured: bool) -> weakref.ref[Callable]:
+        with monkeypatch.context() as patch:
+            patch.setattr(folding, "_is_capturing", lambda x: is_captured)
+            blocks[0](x)
+        return weakref.ref(folding._entries[blocks[0].conv1].run)
+
+    def survives_another_size(run: weakref.ref[Callable]) -> bool:
+        blocks[0](other)
+        gc.collect()
+        return run() is not None
+
+    launched = weights(is_captured=False)
+    assert not survives_another_size(launched)
+    weights(is_captured=False)
+    folding._recalled.clear()
+    looked_at_anew = weights(is_captured=True)
+    assert survives_another_size(looked_at_anew)
+    weights(is_captured=False)
+    recalled = weights(is_captured=True)
+    assert survives_another_size(recalled)
+    of_other_size = weakref.ref(folding._entries[blocks[0].conv1].run)
+    assert weights(is_captured=True) == of_other_size  # what the capture folds only its graph can tell
+    blocks.clear()
+    gc.collect()
+    assert looked_at_anew() is recalled() is None
 
 
 @torch.no_grad()
