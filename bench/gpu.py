@@ -19,15 +19,14 @@ import itertools
 import json
 import re
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from contest import clock, pair
 from contest import inference as forward
-from contest import pair
 from torch import Tensor, nn
 
 import fusedres
@@ -162,26 +161,22 @@ def serve(models: dict[str, nn.Module], args: argparse.Namespace) -> dict[str, A
     return found
 
 
-#: What of torch.compile is timed, each of a model of its own.
+#: What of torch.compile is timed.
 COMPILED = (("fused", "reduce-overhead"), ("eager", "max-autotune"))
 
 
 def compiled(args: argparse.Namespace, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     """Training steps of compiled models against the fused one captured as a CUDA graph, and what compiling took."""
     inputs, labels = data(args)
+    models = {name: model.train() for name, model in contestants(args).items()}
+    graph = captured(training_step(models["fused"], inputs, labels, dtype))
     found: dict[str, Any] = {}
     for name, mode in COMPILED:
-        models = contestants(args)
-        model = torch.compile(models[name].train(), mode=mode)
-        steps = {
-            f"{name} compiled": training_step(model, inputs, labels, dtype),
-            "fused graph": captured(training_step(models["fused"].train(), inputs, labels, dtype)),
-        }
-        start = time.perf_counter()
-        steps[f"{name} compiled"]()
-        torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-        samples = interleaved(steps, args.rounds, "cuda", warmup=5)
+        step = training_step(torch.compile(models[name], mode=mode), inputs, labels, dtype)
+        start = clock()
+        step()
+        seconds = clock() - start
+        samples = interleaved({f"{name} compiled": step, "fused graph": graph}, args.rounds, "cuda", warmup=5)
         found[f"{name} {mode}"] = {"compilation": seconds, "seconds": medians(samples), "samples": samples}
         print(
             f"{args.arch} {dtype} train, {name} {mode} compiled in {seconds:.0f} s: {milliseconds(samples)}", flush=True

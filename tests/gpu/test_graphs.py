@@ -7,28 +7,26 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import shaken
+from oracles import batch, shake
 from torch import Tensor, nn
-from torchvision.models import resnet as eager_resnet
 
 import fusedres
 from fusedres import measure
 
 
-def twins(dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
-    """A fused ResNet-18 and an eager one with the same state, channels_last on the GPU."""
-    fused, eager = shaken(fusedres.resnet18(num_classes=10), eager_resnet.resnet18(num_classes=10), dtype)
-    return tuple(m.cuda().to(memory_format=torch.channels_last) for m in (fused, eager))
+def network(dtype: torch.dtype) -> nn.Module:
+    """A fused ResNet-18 channels_last on the GPU."""
+    return shake(fusedres.resnet18(num_classes=10)).to(dtype).cuda().to(memory_format=torch.channels_last)
 
 
 def images(n: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(n, 3, 64, 64, device="cuda", dtype=dtype).to(memory_format=torch.channels_last)
+    return batch(n, 3, 64, 64, dtype=dtype).cuda()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("engine", ["cudnn", "triton", "cuda"])
 def test_graphs_of_frozen_models_outlive_other_batches(engine: str) -> None:
-    model = fusedres.freeze(twins(torch.float16)[0].eval())
+    model = fusedres.freeze(network(torch.float16).eval())
     kept: list[Tensor] = []
     batches = [images(n, torch.float16) for n in (1, 2, 5)]
     with fusedres.engine(engine):
@@ -47,7 +45,7 @@ def test_graphs_of_frozen_models_outlive_other_batches(engine: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_graphed_callables_train_as_launches_do(dtype: torch.dtype) -> None:
-    launched = twins(torch.float32)[0].train()
+    launched = network(torch.float32).train()
     graphed = copy.deepcopy(launched)
     x, labels = images(8, torch.float32), torch.arange(8, device="cuda")
     state = copy.deepcopy(graphed.state_dict())
