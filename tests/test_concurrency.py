@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -120,6 +121,32 @@ def test_a_model_is_converted_in_eight_threads_at_once() -> None:
     for fused in itertools.chain(*in_threads([lambda: [fusedres.fuse(eager) for _ in range(4)]] * 8)):
         assert fusedres.explain(fused).share == 1
         assert torch.equal(answer(fused, 2), expected)
+
+
+class Slow(nn.Module):
+    """Tells how many forwards of its kind ran at the same time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        running.append(self)
+        most.append(len(running))
+        time.sleep(0.01)
+        running.remove(self)
+        return self.bn(self.conv(x))
+
+
+running: list[nn.Module] = []
+most: list[int] = []
+
+
+def test_one_model_is_traced_after_the_other() -> None:
+    most.clear()
+    in_threads([lambda: fusedres.fuse(Slow())] * 4)
+    assert len(most) >= 4
+    assert set(most) == {1}
 
 
 # Processes

@@ -26,6 +26,8 @@ PROBLEMS = [
     (2, 260, 7, 7, 20, 3, 3, (1, 1), (1, 1), (1, 1)),  # a row of pixels that meets a row of taps in the padding
     (0, 8, 5, 5, 8, 3, 3, (1, 1), (1, 1), (1, 1)),  # an empty batch
     (37, 24, 4, 5, 24, 3, 3, (1, 1), (1, 1), (1, 1)),  # more than one block of pixels
+    (2, 150, 7, 7, 270, 3, 3, (1, 1), (1, 1), (1, 1)),  # many panels that meet few pixels: runs of taps
+    (1, 1300, 5, 5, 140, 1, 1, (1, 1), (0, 0), (1, 1)),  # and runs of one tap's depth
 ]
 
 
@@ -59,11 +61,21 @@ def test_fprop_adds_bias_and_residual_and_applies_relu(problem, dtype):
     assert_as_exact_as_eager(y, (plain + residual).relu(), oracle)
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, CL])
-def test_a_packed_weight_gives_the_same_bits(layout):
+def channels_innermost(w):
+    """Strides of (C, R, S, K) memory."""
+    return w.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+
+
+LAYOUTS = [torch.Tensor.contiguous, lambda w: w.contiguous(memory_format=CL), channels_innermost, lambda w: w[:, ::2]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["oihw", "ohwi", "ihwo", "strided"])
+def test_a_packed_weight_gives_the_same_bits(layout, dtype):
     for problem in PROBLEMS:
-        x, w, geometry = operands(problem, torch.float32)
-        w = w.contiguous(memory_format=layout)
+        x, w, geometry = operands(problem, dtype)
+        w = layout(w)
+        x = x[:, : w.shape[1]].contiguous(memory_format=CL)
         direct = kernels.conv_fprop(x, w, None, None, None, *geometry, False)
         packed = kernels.conv_fprop(x, w, kernels.conv_pack(w), None, None, *geometry, False)
         assert torch.equal(direct, packed)

@@ -29,9 +29,14 @@ Tensor pad_columns(const T* x, const Conv& conv, ScalarType dtype) {
 WeightStrides fprop_strides(const Tensor& w) { return {w.stride(0), w.stride(2), w.stride(3), w.stride(1), w.size(1)}; }
 
 template <typename T>
-Tensor packed_weight(const ConvPlan& plan, const Tensor& w, const WeightStrides& strides) {
-  const Tensor packed = new_tensor({plan.packed_elements()}, w.scalar_type());
-  pack_weight(plan, const_data<T>(w), strides, mutable_data<T>(packed));
+LooseWeight<T> loose_weight(const ConvPlan& plan, const Tensor& w) {
+  return {plan, const_data<T>(w), fprop_strides(w)};
+}
+
+template <typename T>
+Tensor packed_weight(const ConvPlan& plan, const LooseWeight<T>& weight, ScalarType dtype) {
+  const Tensor packed = new_tensor({plan.packed_elements()}, dtype);
+  pack_weight(plan, weight, mutable_data<T>(packed));
   return packed;
 }
 
@@ -44,7 +49,7 @@ Tensor checked_packed(const ConvPlan& plan, const Tensor& packed, ScalarType dty
 template <typename T>
 ConvPlan packing_plan(const Tensor& w) {
   const auto axis = [](int64_t kernel) { return check_axis(kernel, kernel, 1, 0, 1); };
-  return fprop_plan<T>({1, w.size(1), w.size(0), {axis(w.size(2)), axis(w.size(3))}}, 1);
+  return fprop_plan<T>({1, w.size(1), w.size(0), {axis(w.size(2)), axis(w.size(3))}}, 1, Weights::kPacked);
 }
 
 // Scale and shift of each channel, or neither.
@@ -54,13 +59,24 @@ struct Affine {
 };
 
 template <typename T>
-Tensor fprop(const Tensor& x, const Conv& conv, const ConvPlan& plan, const Tensor& packed, Affine<T> affine,
-             const MaybeTensor& residual, bool relu) {
+Tensor fprop(const Tensor& x, const Conv& conv, const EvalWeight& weight, Affine<T> affine, const MaybeTensor& residual,
+             bool relu) {
   const ScalarType dtype = x.scalar_type();
+  const ConvPlan plan =
+      fprop_plan<T>(conv, torch::stable::get_num_threads(), weight.packed ? Weights::kPacked : Weights::kLoose);
   const Tensor y = new_activation(conv.output(), dtype);
   if (residual) check_like(*residual, "residual", y, "the output");
   const Tensor input = merges_columns(conv) ? pad_columns(const_data<T>(x), conv, dtype) : x;
-  ConvOperands<T> operands{const_data<T>(input), const_data<T>(packed), mutable_data<T>(y)};
+  ConvOperands<T> operands{const_data<T>(input), nullptr, mutable_data<T>(y)};
+  MaybeTensor packed;
+  std::optional<LooseWeight<T>> loose;
+  if (plan.packs_panels) {
+    loose.emplace(loose_weight<T>(plan, weight.w));
+    operands.loose = &*loose;
+  } else {
+    packed = panels<T>(plan, weight);
+    operands.packed = const_data<T>(packed);
+  }
   operands.scale = affine.scale;
   operands.bias = affine.shift;
   operands.residual = const_data<T>(residual);
@@ -81,7 +97,9 @@ template int64_t packed_elements<double>(const Tensor&);
 template <typename T>
 Tensor panels(const ConvPlan& plan, const EvalWeight& weight) {
   if (weight.packed) return checked_packed(plan, *weight.packed, weight.w.scalar_type());
-  pack_weight(plan, const_data<T>(weight.w), fprop_strides(weight.w), mutable_data<T>(*weight.scratch));
+  const LooseWeight<T> loose = loose_weight<T>(plan, weight.w);
+  if (!weight.scratch) return packed_weight(plan, loose, weight.w.scalar_type());
+  pack_weight(plan, loose, mutable_data<T>(*weight.scratch));
   return *weight.scratch;
 }
 template Tensor panels<float>(const ConvPlan&, const EvalWeight&);
@@ -92,7 +110,7 @@ Tensor conv_pack(const Tensor& w) {
   Tensor packed = w;
   for_conv_dtype(w.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    packed = packed_weight<T>(packing_plan<T>(w), w, fprop_strides(w));
+    packed = panels<T>(packing_plan<T>(w), {w, {}, {}});
   });
   return packed;
 }
@@ -106,9 +124,7 @@ Tensor conv_fprop(const Tensor& x, const Tensor& w, const MaybeTensor& packed, c
   Tensor y = x;
   for_conv_dtype(dtype, [&](auto element) {
     using T = decltype(element);
-    const ConvPlan plan = fprop_plan<T>(conv, torch::stable::get_num_threads());
-    const Tensor weight = packed ? checked_packed(plan, *packed, dtype) : packed_weight<T>(plan, w, fprop_strides(w));
-    y = fprop<T>(x, conv, plan, weight, {nullptr, const_data<T>(bias)}, residual, relu);
+    y = fprop<T>(x, conv, {w, packed, {}}, {nullptr, const_data<T>(bias)}, residual, relu);
   });
   return y;
 }
@@ -122,9 +138,8 @@ Tensor conv_affine(const Tensor& x, const EvalWeight& weight, const Tensor& affi
   Tensor y = x;
   for_conv_dtype(dtype, [&](auto element) {
     using T = decltype(element);
-    const ConvPlan plan = fprop_plan<T>(conv, torch::stable::get_num_threads());
     const T* const scale = const_data<T>(affine);
-    y = fprop<T>(x, conv, plan, panels<T>(plan, weight), {scale, scale + conv.K}, residual, relu);
+    y = fprop<T>(x, conv, weight, {scale, scale + conv.K}, residual, relu);
   });
   return y;
 }
@@ -152,8 +167,9 @@ Tensor conv_dgrad(const Tensor& dz, const Tensor& w, const std::vector<int64_t>&
     using T = decltype(element);
     for (const Gather& gather : dgrad_gathers(axes.h, axes.w)) {
       const ConvPlan plan = gather_plan<T>({out.N, C, out.H, out.W, out.C, out.C, axes.h.in, axes.w.in}, gather,
-                                           torch::stable::get_num_threads());
-      const Tensor weight = packed_weight<T>(plan, w, {w.stride(1), w.stride(2), w.stride(3), w.stride(0), w.size(0)});
+                                           torch::stable::get_num_threads(), Weights::kPacked);
+      const WeightStrides strides{w.stride(1), w.stride(2), w.stride(3), w.stride(0), w.size(0)};
+      const Tensor weight = packed_weight<T>(plan, {plan, const_data<T>(w), strides}, dtype);
       ConvOperands<T> operands{const_data<T>(dz), const_data<T>(weight), mutable_data<T>(dx)};
       operands.residual = const_data<T>(residual);
       operands.residual_h = residual ? residual_stride[0] : 1;

@@ -21,8 +21,8 @@ Tensor eval_chain(const Tensor& x, const MaybeTensor& residual, const std::vecto
                   const std::vector<Tensor>& packed, const std::vector<Tensor>& vectors, const Tensor& eps,
                   const std::vector<int64_t>& geometry, bool identity, bool projection, bool relu);
 
-// A weight and, where it is packed already, its panels; else these are written to `scratch`, which must be large
-// enough.
+// A weight and, where it is packed already, its panels; else these go to `scratch`, which must be large enough, or to
+// memory of their own.
 struct EvalWeight {
   const Tensor& w;
   MaybeTensor packed, scratch;

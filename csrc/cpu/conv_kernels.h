@@ -1,7 +1,7 @@
 // Convolution of one block of pixels by one block of panels, and the packing of weights into panels. Included by
 // foreach_isa.h, per instruction set.
 
-#include "cpu/micro_tile.h"
+#include "cpu/conv_pack_kernels.h"
 #include "cpu/prologue.h"
 
 namespace fusedres::cpu::FUSEDRES_ISA {
@@ -126,14 +126,33 @@ FUSEDRES_INLINE void conv_prefetch(const T* from, int64_t count) {
   for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(from + i, kWrite);
 }
 
-// One task of the plan: the pixels of a block by its panels. Long sums are cut into runs, whose totals are added.
+// The given rows of a panel, packed before or now. Where memory has the rows in another order, all of them with the
+// first.
 template <typename T>
-void conv_block(const ConvPlan& plan, const ConvOperands<T>& operands, int64_t task, ConvTable<T>& table) {
+const T* conv_panel_rows(const ConvPlan& plan, const ConvOperands<T>& operands, int64_t panel, Range rows,
+                         ConvTable<T>& table) {
+  if (operands.loose == nullptr) {
+    return operands.packed + panel * plan.panel_elements() + rows.begin * kConvChannels<T>;
+  }
+  const LooseWeight<T>& weight = *operands.loose;
+  const auto pack = conv_pack_piece<T>(weight);
+  if (!weight.is_in_order) {
+    const int64_t all = plan.gather.taps() * plan.sizes.depth;
+    table.panel.resize(all * kConvChannels<T>);
+    if (rows.begin == 0) pack(plan, weight, panel, {0, all}, 0, table.panel.data());
+    return table.panel.data() + rows.begin * kConvChannels<T>;
+  }
+  table.panel.resize(rows.size() * kConvChannels<T>);
+  pack(plan, weight, panel, rows, rows.begin, table.panel.data());
+  return table.panel.data();
+}
+
+// The pixels of a block by some panels. Long sums are cut into runs, whose totals are added.
+template <typename T>
+void conv_panels(const ConvPlan& plan, const ConvOperands<T>& operands, const Cut& tiles, Range panels,
+                 ConvTable<T>& table) {
   constexpr int64_t kTile = kConvPixels * kConvChannels<T>;
-  const int64_t block = task / plan.panel_blocks.count, taps = plan.gather.taps(), depth = plan.sizes.depth;
-  const Range panels = plan.panel_blocks[task % plan.panel_blocks.count];
-  const Cut tiles = Cut::at_most(plan.pixel_block(block).size(), kConvPixels);
-  table.build(plan, operands, block);
+  const int64_t taps = plan.gather.taps(), depth = plan.sizes.depth;
   const bool is_one_run = taps <= plan.taps_at_once && plan.runs.count == 1;
   table.sums.resize(is_one_run ? kTile : panels.size() * tiles.count * kTile);
   int64_t tap = 0;
@@ -143,8 +162,9 @@ void conv_block(const ConvPlan& plan, const ConvOperands<T>& operands, int64_t t
       const Range channels = plan.runs[run];
       const bool is_first = tap == 0 && run == 0, is_last = tap + run_taps == taps && run + 1 == plan.runs.count;
       for (int64_t p = panels.begin; p < panels.end; ++p) {
-        const T* panel =
-            operands.packed + p * plan.panel_elements() + (tap * depth + channels.begin) * kConvChannels<T>;
+        const int64_t first_row = tap * depth + channels.begin;
+        const Range rows{first_row, first_row + run_taps * channels.size()};
+        const T* const panel = conv_panel_rows(plan, operands, p, rows, table);
         const int64_t channel = p * kConvChannels<T>;
         const int64_t width = std::min(kConvChannels<T>, plan.sizes.K - channel);
         for (int64_t t = 0; t < tiles.count; ++t) {
@@ -178,6 +198,17 @@ void conv_block(const ConvPlan& plan, const ConvOperands<T>& operands, int64_t t
     }
     tap += run_taps;
   } while (tap < taps);
+}
+
+// One task of the plan: the pixels of a block by its panels. Those that are packed on the way come one by one.
+template <typename T>
+void conv_block(const ConvPlan& plan, const ConvOperands<T>& operands, int64_t task, ConvTable<T>& table) {
+  const int64_t block = task / plan.panel_blocks.count;
+  const Range panels = plan.panel_blocks[task % plan.panel_blocks.count];
+  const Cut tiles = Cut::at_most(plan.pixel_block(block).size(), kConvPixels);
+  table.build(plan, operands, block);
+  if (!plan.packs_panels) return conv_panels(plan, operands, tiles, panels, table);
+  for (int64_t p = panels.begin; p < panels.end; ++p) conv_panels(plan, operands, tiles, {p, p + 1}, table);
 }
 
 }  // namespace fusedres::cpu::FUSEDRES_ISA

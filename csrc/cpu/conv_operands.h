@@ -1,17 +1,18 @@
 // What the conv kernels read and write, and the buffers of one worker.
 #pragma once
 
-#include "cpu/conv_plan.h"
+#include "cpu/conv_pack.h"
 
 namespace fusedres::cpu {
 
-// x (N, in_h, in_w, in_pixel); packed: panels of the weight; y (N, out_h, out_w, K) =
-// act(scale*sum + bias + residual).
+// x (N, in_h, in_w, in_pixel); packed: panels of the weight, or `loose` where the plan packs them;
+// y (N, out_h, out_w, K) = act(scale*sum + bias + residual).
 template <typename T>
 struct ConvOperands {
   const T* x;
   const T* packed;
   T* y;
+  const LooseWeight<T>* loose = nullptr;
   const T *scale = nullptr, *bias = nullptr;  // (K,) or one and zero
   // Lies on every residual_h-th row and residual_w-th column of y.
   const T* residual = nullptr;
@@ -28,6 +29,7 @@ struct ConvTable {
   std::vector<const T*> residual;  // (pixels,) null where there is none
   std::vector<T> zeros;            // (depth,) what a tap in the padding reads
   std::vector<T> sums;             // (panels, tiles, tile.pixels, tile.channels)
+  std::vector<T> panel;            // (rows of a run, tile.channels) where the plan packs panels
   int64_t block = -1;              // what the table was made for
 
   // For the pixels of block `index`.

@@ -30,19 +30,26 @@ PanelRows::PanelRows(const ConvPlan& plan, const WeightStrides& strides) {
 }
 
 template <typename T>
-void pack_weight(const ConvPlan& plan, const T* w, const WeightStrides& strides, T* packed) {
-  const PanelRows rows(plan, strides);
-  const Cut pieces = Cut::at_most(rows.offsets.size(), 256);
-  const auto pack = FUSEDRES_BEST_ISA(conv_pack_piece<T>)(rows, strides.K);
+LooseWeight<T>::LooseWeight(const ConvPlan& plan, const T* w, const WeightStrides& strides)
+    : w(w),
+      step(strides.K),
+      rows(plan, strides),
+      is_in_order(step == 1 || std::is_sorted(rows.rows.begin(), rows.rows.end())) {}
+
+template <typename T>
+void pack_weight(const ConvPlan& plan, const LooseWeight<T>& weight, T* packed) {
+  const Cut pieces = Cut::at_most(weight.rows.offsets.size(), 256);
+  const auto pack = FUSEDRES_BEST_ISA(conv_pack_piece<T>)(weight);
   parallel_for_each(plan.panels * pieces.count, [&](int64_t item) {
-    const int64_t first = item / pieces.count * plan.tile.channels;
-    const int64_t channels = std::min(plan.tile.channels, plan.sizes.K - first);
-    pack(rows, w + first * strides.K, strides.K, channels, pieces[item % pieces.count],
-         packed + item / pieces.count * plan.panel_elements());
+    const int64_t panel = item / pieces.count;
+    pack(plan, weight, panel, pieces[item % pieces.count], 0, packed + panel * plan.panel_elements());
   });
 }
 
-template void pack_weight<float>(const ConvPlan&, const float*, const WeightStrides&, float*);
-template void pack_weight<double>(const ConvPlan&, const double*, const WeightStrides&, double*);
+#define FUSEDRES_CONV_PACK(T)     \
+  template struct LooseWeight<T>; \
+  template void pack_weight<T>(const ConvPlan&, const LooseWeight<T>&, T*);
+FUSEDRES_CONV_PACK(float)
+FUSEDRES_CONV_PACK(double)
 
 }  // namespace fusedres::cpu

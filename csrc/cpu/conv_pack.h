@@ -19,8 +19,19 @@ struct PanelRows {
   std::vector<int64_t> rows;     // the row at each offset, where one channel's weights lie side by side; else empty
 };
 
+// A weight as it lies in memory.
+template <typename T>
+struct LooseWeight {
+  LooseWeight(const ConvPlan& plan, const T* w, const WeightStrides& strides);
+
+  const T* w;
+  int64_t step;  // between output channels
+  PanelRows rows;
+  bool is_in_order;  // a run of places in memory is the same run of rows
+};
+
 // Fills `packed` (plan.packed_elements()); lanes past the last output channel are zero.
 template <typename T>
-void pack_weight(const ConvPlan& plan, const T* w, const WeightStrides& strides, T* packed);
+void pack_weight(const ConvPlan& plan, const LooseWeight<T>& weight, T* packed);
 
 }  // namespace fusedres::cpu

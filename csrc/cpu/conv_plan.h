@@ -17,8 +17,11 @@ struct ConvSizes {
   int64_t out_h, out_w;
 };
 
+// A weight as it lies in memory, or its panels.
+enum class Weights { kLoose, kPacked };
+
 struct ConvPlan {
-  ConvPlan(const ConvSizes& sizes, Gather gather, ConvTile tile, int64_t workers);
+  ConvPlan(const ConvSizes& sizes, Gather gather, ConvTile tile, int64_t workers, Weights weights);
 
   int64_t pixels() const { return sizes.N * gather.pixels(); }
   int64_t tasks() const { return tile_blocks.count * panel_blocks.count; }
@@ -38,6 +41,7 @@ struct ConvPlan {
   Cut panel_blocks;      // of the panels
   Cut runs;              // of a tap's depth
   int64_t taps_at_once;  // in one run, where runs are whole taps
+  bool packs_panels;     // where they are used, run by run: each is used once
 };
 
 }  // namespace fusedres::cpu

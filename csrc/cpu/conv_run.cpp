@@ -18,12 +18,12 @@ bool merges_columns(const Conv& conv) {
 }
 
 template <typename T>
-ConvPlan gather_plan(const ConvSizes& sizes, Gather gather, int64_t workers) {
-  return {sizes, std::move(gather), FUSEDRES_BEST_ISA(conv_tile<T>)(), workers};
+ConvPlan gather_plan(const ConvSizes& sizes, Gather gather, int64_t workers, Weights weights) {
+  return {sizes, std::move(gather), FUSEDRES_BEST_ISA(conv_tile<T>)(), workers, weights};
 }
 
 template <typename T>
-ConvPlan fprop_plan(const Conv& conv, int64_t workers) {
+ConvPlan fprop_plan(const Conv& conv, int64_t workers, Weights weights) {
   const ConvAxis& h = conv.axes.h;
   ConvAxis w = conv.axes.w;
   int64_t depth = conv.C;
@@ -34,7 +34,7 @@ ConvPlan fprop_plan(const Conv& conv, int64_t workers) {
     w.padding = 0;
   }
   const ConvSizes sizes{conv.N, conv.K, h.in, w.in, conv.C, depth, h.out, w.out};
-  return gather_plan<T>(sizes, {fprop_axis(h), fprop_axis(w)}, workers);
+  return gather_plan<T>(sizes, {fprop_axis(h), fprop_axis(w)}, workers, weights);
 }
 
 template <typename T>
@@ -52,10 +52,10 @@ void run_alone(const ConvPlan& plan, const ConvOperands<T>& operands, ConvTable<
   for (int64_t task = 0; task < plan.tasks(); ++task) kernel(plan, operands, task, table);
 }
 
-#define FUSEDRES_CONV_RUN(T)                                           \
-  template ConvPlan gather_plan<T>(const ConvSizes&, Gather, int64_t); \
-  template ConvPlan fprop_plan<T>(const Conv&, int64_t);               \
-  template void run<T>(const ConvPlan&, const ConvOperands<T>&);       \
+#define FUSEDRES_CONV_RUN(T)                                                    \
+  template ConvPlan gather_plan<T>(const ConvSizes&, Gather, int64_t, Weights); \
+  template ConvPlan fprop_plan<T>(const Conv&, int64_t, Weights);               \
+  template void run<T>(const ConvPlan&, const ConvOperands<T>&);                \
   template void run_alone<T>(const ConvPlan&, const ConvOperands<T>&, ConvTable<T>&);
 FUSEDRES_CONV_RUN(float)
 FUSEDRES_CONV_RUN(double)

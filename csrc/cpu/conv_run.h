@@ -12,10 +12,10 @@ bool merges_columns(const Conv& conv);
 
 // For `workers` threads. Float64 or float32.
 template <typename T>
-ConvPlan gather_plan(const ConvSizes& sizes, Gather gather, int64_t workers);
+ConvPlan gather_plan(const ConvSizes& sizes, Gather gather, int64_t workers, Weights weights);
 
 template <typename T>
-ConvPlan fprop_plan(const Conv& conv, int64_t workers);
+ConvPlan fprop_plan(const Conv& conv, int64_t workers, Weights weights);
 
 // On all threads.
 template <typename T>

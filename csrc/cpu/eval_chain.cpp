@@ -71,7 +71,7 @@ Step step_of(const Chain& chain, int64_t i, const Activation& in) {
   const Geometry g = Geometry::of(chain.geometry, i);
   const ScalarType dtype = chain.x.scalar_type();
   const Conv conv = check_conv(chain.weights[i], {1, in.C, in.H, in.W}, dtype, g.stride, g.padding, g.dilation);
-  const ConvPlan plan = fprop_plan<T>(conv, 1);
+  const ConvPlan plan = fprop_plan<T>(conv, 1, Weights::kPacked);
   MaybeTensor scratch;
   if (chain.packed.empty()) scratch = new_tensor({plan.packed_elements()}, dtype);
   return {conv, plan, panels<T>(plan, chain.weight(i, scratch)), chain.affines[i]};

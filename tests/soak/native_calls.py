@@ -344,10 +344,20 @@ def _spoiled(d: Draw, value: Any) -> tuple[str, Any]:
     return "another number", d.one_of(float("nan"), float("inf"), -1.0, 1e308)
 
 
+def _beyond_memory(d: Draw) -> Call:
+    """The gradient of an input whose size in bytes no 64-bit number holds."""
+    n, c, k = (d.random.randint(1, 3) for _ in range(3))
+    dtype, far = d.one_of(*CONV_FLOATS), [2**31, 2**31]
+    args = d.map((n, k, 1, 1), dtype), d.tensor(k, c, 1, 1, dtype=dtype), far, far, [0, 0], [1, 1], None, [1, 1]
+    return Call("conv_dgrad", args, ("2: beyond memory",))
+
+
 def calls(seed: int) -> Iterator[Call]:
     """An endless run of calls, a third of them right."""
     d = Draw(seed)
     while True:
+        if d.random.randrange(100) == 0:
+            yield _beyond_memory(d)
         op = d.one_of(*RIGHT)
         args, spoiled = list(RIGHT[op](d)), []
         for at in d.random.sample(range(len(args)), min(len(args), d.one_of(0, 0, 1, 1, 1, 2))):
