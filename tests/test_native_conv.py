@@ -25,6 +25,7 @@ PROBLEMS = [
     (1, 40, 23, 1, 300, 3, 1, (1, 1), (1, 0), (1, 1)),
     (2, 260, 7, 7, 20, 3, 3, (1, 1), (1, 1), (1, 1)),  # a row of pixels that meets a row of taps in the padding
     (0, 8, 5, 5, 8, 3, 3, (1, 1), (1, 1), (1, 1)),  # an empty batch
+    (0, 25, 6, 3, 300, 2, 5, (3, 2), (1, 3), (1, 2)),  # whatever the number of panels
     (37, 24, 4, 5, 24, 3, 3, (1, 1), (1, 1), (1, 1)),  # more than one block of pixels
     (2, 150, 7, 7, 270, 3, 3, (1, 1), (1, 1), (1, 1)),  # many panels that meet few pixels: runs of taps
     (1, 1300, 5, 5, 140, 1, 1, (1, 1), (0, 0), (1, 1)),  # and runs of one tap's depth

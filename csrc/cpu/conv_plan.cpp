@@ -33,7 +33,8 @@ ConvPlan::ConvPlan(const ConvSizes& sizes, Gather unplanned, ConvTile tile, int6
       runs(Cut::at_most(sizes.depth, kRun * tile.channels)),
       taps_at_once(std::max<int64_t>(kRun * tile.channels / std::max<int64_t>(sizes.depth, 1), 1)) {
   const int64_t tiles = ceil_div(pixels(), tile.pixels);
-  packs_panels = weights == Weights::kLoose && pixels() <= kFewPixels && panels >= kTasksEach * workers;
+  const bool are_few = tiles > 0 && pixels() <= kFewPixels;
+  packs_panels = weights == Weights::kLoose && are_few && panels >= kTasksEach * workers;
   if (packs_panels) {
     tile_blocks = {tiles, 1};
     panel_blocks = {panels, kTasksEach * workers};
