@@ -27,9 +27,9 @@ _CPU_SCHEMAS = (
     "bn_relu_maxpool(Tensor z, Tensor bn, int kernel_size, int stride, int padding) -> (Tensor, Tensor)",
     "bn_relu_maxpool_backward(Tensor dy, Tensor tap, Tensor z, Tensor bn, int kernel_size, int stride, int padding,"
     " float inv_count) -> (Tensor, Tensor)",
-    # A weight (K, C, R, S) of any strides in the order in which conv_fprop reads it: 1-D. float32, float64.
-    "conv_pack(Tensor w) -> Tensor",
-    # y = act(conv(x, w) + bias + residual), groups 1, float32, float64; with `packed` given, `w` only tells sizes.
+    # A weight (K, C, R, S) of any strides as conv_fprop reads it for inputs of that size (H, W): 1-D. float32, float64.
+    "conv_pack(Tensor w, int[2] input_size, int[2] stride, int[2] padding, int[2] dilation) -> Tensor",
+    # y = act(conv(x, w) + bias + residual), groups 1, float32, float64; `packed`: `w` from conv_pack.
     "conv_fprop(Tensor x, Tensor w, Tensor? packed, Tensor? bias, Tensor? residual, int[2] stride, int[2] padding,"
     " int[2] dilation, bool relu) -> Tensor",
     # dx of the output's gradient dz, plus `residual` on every residual_stride-th row and column; as conv_fprop.

@@ -29,6 +29,12 @@ PROBLEMS = [
     (37, 24, 4, 5, 24, 3, 3, (1, 1), (1, 1), (1, 1)),  # more than one block of pixels
     (2, 150, 7, 7, 270, 3, 3, (1, 1), (1, 1), (1, 1)),  # many panels that meet few pixels: runs of taps
     (1, 1300, 5, 5, 140, 1, 1, (1, 1), (0, 0), (1, 1)),  # and runs of one tap's depth
+    # Winograd: squares that reach outside, taps with holes, no padding and too much, several blocks, several runs.
+    (1, 16, 5, 5, 19, 3, 3, (1, 1), (1, 1), (1, 1)),
+    (2, 21, 17, 12, 24, 3, 3, (1, 1), (2, 3), (2, 3)),
+    (1, 18, 9, 14, 16, 3, 3, (1, 1), (0, 4), (1, 1)),
+    (3, 17, 23, 31, 70, 3, 3, (1, 1), (1, 1), (1, 1)),
+    (1, 1200, 6, 6, 40, 3, 3, (1, 1), (1, 1), (1, 1)),
 ]
 
 
@@ -78,7 +84,7 @@ def test_a_packed_weight_gives_the_same_bits(layout, dtype):
         w = layout(w)
         x = x[:, : w.shape[1]].contiguous(memory_format=CL)
         direct = kernels.conv_fprop(x, w, None, None, None, *geometry, False)
-        packed = kernels.conv_fprop(x, w, kernels.conv_pack(w), None, None, *geometry, False)
+        packed = kernels.conv_fprop(x, w, kernels.conv_pack(w, x.shape[2:], *geometry), None, None, *geometry, False)
         assert torch.equal(direct, packed)
 
 
@@ -127,6 +133,25 @@ def test_nan_passes_through_the_relu_and_padding_adds_nothing():
     y = kernels.conv_fprop(x, w, None, None, None, *geometry, True)
     assert y[..., :2, :2].isnan().all()
     assert not y[..., 2:, :].isnan().any()
+    assert not y[..., 2:].isnan().any()
+
+
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), 3e38])
+def test_infinity_and_what_is_close_to_it_give_what_they_give_in_eager(value, dilation):
+    x, w, geometry = operands((1, 18, 9, 9, 21, 3, 3, (1, 1), (1, 2), (dilation, dilation)), torch.float32)
+    for at in ((2, 3, 3), (2, 3, 4), (7, 3, 4), (7, 8, 8), (0, 0, 0)):
+        x[0, *at] = value
+    w = w / 8
+    expected = F.conv2d(x, w, None, *geometry)
+    residual = torch.randn_like(expected).contiguous(memory_format=CL)
+    y = kernels.conv_fprop(x, w, None, None, residual, *geometry, False)
+    torch.testing.assert_close(y, expected + residual, rtol=1e-4, atol=1e-5, equal_nan=True)
+    leaf, dz = torch.zeros_like(x).requires_grad_(), torch.randn_like(residual)
+    dz[0, 3, 5, 5:7] = dz[0, 4, 5, 6] = value
+    F.conv2d(leaf, w, None, *geometry).backward(dz)
+    dx = kernels.conv_dgrad(dz, w, x.shape[2:], *geometry, None, (1, 1))
+    torch.testing.assert_close(dx, leaf.grad, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize(
@@ -159,13 +184,18 @@ def test_bad_input_raises_and_names_what_is_wrong(message, change):
         kernels.conv_fprop(*(good | change).values(), True)
 
 
+def packed_for(input_size, w, geometry):
+    return kernels.conv_pack(w, input_size, geometry[:2], geometry[2:4], geometry[4:])
+
+
 @pytest.mark.parametrize("is_packed", [True, False])
+@pytest.mark.parametrize("width", [8, 24])  # its 3x3 conv by the direct sum, by Winograd's
 @pytest.mark.parametrize("n", [1, 2, 3, 9])
 @pytest.mark.parametrize("shortcut", ["none", "identity", "tensor", "projection"])
-def test_a_chain_is_its_convs_and_batch_norms_one_by_one(n, shortcut, is_packed):
+def test_a_chain_is_its_convs_and_batch_norms_one_by_one(n, shortcut, width, is_packed):
     torch.manual_seed(0)
     x = torch.randn(n, 16, 26, 25).contiguous(memory_format=CL)  # large enough to go image by image
-    weights = [torch.randn(8, 16, 1, 1), torch.randn(8, 8, 3, 3), torch.randn(16, 8, 1, 1)]
+    weights = [torch.randn(width, 16, 1, 1), torch.randn(width, width, 3, 3) / width, torch.randn(16, width, 1, 1)]
     if shortcut == "projection":
         weights.append(torch.randn(16, 16, 1, 1))
     biases, *bn = [[torch.randn(w.shape[0]) for w in weights] for _ in range(5)]
@@ -178,7 +208,7 @@ def test_a_chain_is_its_convs_and_batch_norms_one_by_one(n, shortcut, is_packed)
         x,
         given,
         weights,
-        [kernels.conv_pack(w) for w in weights] if is_packed else [],
+        [packed_for(x.shape[2:], w, sizes) for w, sizes in zip(weights, geometry, strict=True)] if is_packed else [],
         [vector for of_conv in zip(biases, *bn, strict=True) for vector in of_conv],
         torch.tensor(eps, dtype=torch.float64),
         [size for sizes in geometry for size in sizes],

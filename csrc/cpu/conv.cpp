@@ -26,13 +26,6 @@ Tensor pad_columns(const T* x, const Conv& conv, ScalarType dtype) {
   return padded;
 }
 
-WeightStrides fprop_strides(const Tensor& w) { return {w.stride(0), w.stride(2), w.stride(3), w.stride(1), w.size(1)}; }
-
-template <typename T>
-LooseWeight<T> loose_weight(const ConvPlan& plan, const Tensor& w) {
-  return {plan, const_data<T>(w), fprop_strides(w)};
-}
-
 template <typename T>
 Tensor packed_weight(const ConvPlan& plan, const LooseWeight<T>& weight, ScalarType dtype) {
   const Tensor packed = new_tensor({plan.packed_elements()}, dtype);
@@ -46,12 +39,6 @@ Tensor checked_packed(const ConvPlan& plan, const Tensor& packed, ScalarType dty
 }
 
 // The order of a packed weight does not depend on the input's size.
-template <typename T>
-ConvPlan packing_plan(const Tensor& w) {
-  const auto axis = [](int64_t kernel) { return check_axis(kernel, kernel, 1, 0, 1); };
-  return fprop_plan<T>({1, w.size(1), w.size(0), {axis(w.size(2)), axis(w.size(3))}}, 1, Weights::kPacked);
-}
-
 // Scale and shift of each channel, or neither.
 template <typename T>
 struct Affine {
@@ -67,11 +54,11 @@ Tensor fprop(const Tensor& x, const Conv& conv, const EvalWeight& weight, Affine
   const Tensor y = new_activation(conv.output(), dtype);
   if (residual) check_like(*residual, "residual", y, "the output");
   const Tensor input = merges_columns(conv) ? pad_columns(const_data<T>(x), conv, dtype) : x;
-  ConvOperands<T> operands{const_data<T>(input), nullptr, mutable_data<T>(y)};
+  ConvOperands<T> operands{const_data<T>(input), nullptr, mutable_data<T>(y), fprop_view<T>(weight.w)};
   MaybeTensor packed;
   std::optional<LooseWeight<T>> loose;
   if (plan.packs_panels) {
-    loose.emplace(loose_weight<T>(plan, weight.w));
+    loose.emplace(plan, operands.weight);
     operands.loose = &*loose;
   } else {
     packed = panels<T>(plan, weight);
@@ -88,29 +75,27 @@ Tensor fprop(const Tensor& x, const Conv& conv, const EvalWeight& weight, Affine
 }  // namespace
 
 template <typename T>
-int64_t packed_elements(const Tensor& w) {
-  return packing_plan<T>(w).packed_elements();
-}
-template int64_t packed_elements<float>(const Tensor&);
-template int64_t packed_elements<double>(const Tensor&);
-
-template <typename T>
 Tensor panels(const ConvPlan& plan, const EvalWeight& weight) {
   if (weight.packed) return checked_packed(plan, *weight.packed, weight.w.scalar_type());
-  const LooseWeight<T> loose = loose_weight<T>(plan, weight.w);
-  if (!weight.scratch) return packed_weight(plan, loose, weight.w.scalar_type());
+  const LooseWeight<T> loose(plan, fprop_view<T>(weight.w));
+  const bool has_room = weight.scratch && weight.scratch->numel() >= plan.packed_elements();
+  if (!has_room) return packed_weight(plan, loose, weight.w.scalar_type());
   pack_weight(plan, loose, mutable_data<T>(*weight.scratch));
   return *weight.scratch;
 }
 template Tensor panels<float>(const ConvPlan&, const EvalWeight&);
 template Tensor panels<double>(const ConvPlan&, const EvalWeight&);
 
-Tensor conv_pack(const Tensor& w) {
+Tensor conv_pack(const Tensor& w, const std::vector<int64_t>& input_size, const std::vector<int64_t>& stride,
+                 const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation) {
   check_weight(w);
+  check_pair(input_size, "input_size", 0);
+  const Activation in{1, w.size(1), input_size[0], input_size[1]};
+  const Conv conv = check_conv(w, in, w.scalar_type(), stride, padding, dilation);
   Tensor packed = w;
   for_conv_dtype(w.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    packed = panels<T>(packing_plan<T>(w), {w, {}, {}});
+    packed = panels<T>(fprop_plan<T>(conv, 1, Weights::kPacked), {w, {}, {}});
   });
   return packed;
 }
@@ -168,9 +153,9 @@ Tensor conv_dgrad(const Tensor& dz, const Tensor& w, const std::vector<int64_t>&
     for (const Gather& gather : dgrad_gathers(axes.h, axes.w)) {
       const ConvPlan plan = gather_plan<T>({out.N, C, out.H, out.W, out.C, out.C, axes.h.in, axes.w.in}, gather,
                                            torch::stable::get_num_threads(), Weights::kPacked);
-      const WeightStrides strides{w.stride(1), w.stride(2), w.stride(3), w.stride(0), w.size(0)};
-      const Tensor weight = packed_weight<T>(plan, {plan, const_data<T>(w), strides}, dtype);
-      ConvOperands<T> operands{const_data<T>(dz), const_data<T>(weight), mutable_data<T>(dx)};
+      const WeightView<T> view{const_data<T>(w), {w.stride(1), w.stride(2), w.stride(3), w.stride(0), w.size(0)}};
+      const Tensor weight = packed_weight<T>(plan, {plan, view}, dtype);
+      ConvOperands<T> operands{const_data<T>(dz), const_data<T>(weight), mutable_data<T>(dx), view};
       operands.residual = const_data<T>(residual);
       operands.residual_h = residual ? residual_stride[0] : 1;
       operands.residual_w = residual ? residual_stride[1] : 1;

@@ -1,12 +1,14 @@
 // Convolutions of float32 and float64, groups 1 (fusedres/native.py).
 #pragma once
 
-#include "cpu/conv_plan.h"
+#include "cpu/checks.h"
+#include "cpu/conv_pack.h"
 #include "cpu/ops.h"
 
 namespace fusedres::cpu {
 
-Tensor conv_pack(const Tensor& w);
+Tensor conv_pack(const Tensor& w, const std::vector<int64_t>& input_size, const std::vector<int64_t>& stride,
+                 const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation);
 
 Tensor conv_fprop(const Tensor& x, const Tensor& w, const MaybeTensor& packed, const MaybeTensor& bias,
                   const MaybeTensor& residual, const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
@@ -21,16 +23,17 @@ Tensor eval_chain(const Tensor& x, const MaybeTensor& residual, const std::vecto
                   const std::vector<Tensor>& packed, const std::vector<Tensor>& vectors, const Tensor& eps,
                   const std::vector<int64_t>& geometry, bool identity, bool projection, bool relu);
 
-// A weight and, where it is packed already, its panels; else these go to `scratch`, which must be large enough, or to
+// A weight and, where it is packed already, its panels; else these go to `scratch`, where that is large enough, or to
 // memory of their own.
 struct EvalWeight {
   const Tensor& w;
   MaybeTensor packed, scratch;
 };
 
-// Elements of the panels of `w`. Float32 and float64.
 template <typename T>
-int64_t packed_elements(const Tensor& w);
+WeightView<T> fprop_view(const Tensor& w) {
+  return {const_data<T>(w), {w.stride(0), w.stride(2), w.stride(3), w.stride(1), w.size(1)}};
+}
 
 template <typename T>
 Tensor panels(const ConvPlan& plan, const EvalWeight& weight);

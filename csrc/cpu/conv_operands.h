@@ -12,6 +12,7 @@ struct ConvOperands {
   const T* x;
   const T* packed;
   T* y;
+  WeightView<T> weight;
   const LooseWeight<T>* loose = nullptr;
   const T *scale = nullptr, *bias = nullptr;  // (K,) or one and zero
   // Lies on every residual_h-th row and residual_w-th column of y.
@@ -20,17 +21,20 @@ struct ConvOperands {
   bool relu = false;
 };
 
-// Addresses of one block of pixels.
+// What one block of points needs: addresses, and buffers.
 template <typename T>
 struct ConvTable {
-  std::vector<const T*> inputs;    // (tiles, taps, tile.pixels)
+  std::vector<const T*> inputs;    // (tiles, taps, tile.points)
   std::vector<bool> is_padding;    // (tiles, taps) for all pixels of the tile
   std::vector<int64_t> outputs;    // (pixels,) the first channel's index in y
   std::vector<const T*> residual;  // (pixels,) null where there is none
   std::vector<T> zeros;            // (depth,) what a tap in the padding reads
-  std::vector<T> sums;             // (panels, tiles, tile.pixels, tile.channels)
+  std::vector<T> sums;             // (panels, tiles, tile.points, tile.channels)
   std::vector<T> panel;            // (rows of a run, tile.channels) where the plan packs panels
-  int64_t block = -1;              // what the table was made for
+  std::vector<T> direct_panel;     // (taps, depth, tile.channels) from which Winograd's is made
+  std::vector<T> squares;          // (kFrequencies, points, depth), frequencies square_step apart
+  int64_t square_step = 0;
+  int64_t block = -1;  // what the table was made for
 
   // For the pixels of block `index`.
   void build(const ConvPlan& plan, const ConvOperands<T>& operands, int64_t index);
@@ -42,11 +46,11 @@ void ConvTable<T>::build(const ConvPlan& plan, const ConvOperands<T>& operands, 
   block = index;
   const ConvSizes& sizes = plan.sizes;
   const GatherAxis &h = plan.gather.h, &w = plan.gather.w;
-  const Range pixels = plan.pixel_block(index);
-  const Cut tiles = Cut::at_most(pixels.size(), plan.tile.pixels);
+  const Range pixels = plan.point_block(index);
+  const Cut tiles = Cut::at_most(pixels.size(), plan.tile.points);
   const int64_t taps = plan.gather.taps(), residual_rows = ceil_div(sizes.out_h, operands.residual_h),
                 residual_cols = ceil_div(sizes.out_w, operands.residual_w);
-  inputs.resize(tiles.count * taps * plan.tile.pixels);
+  inputs.resize(tiles.count * taps * plan.tile.points);
   is_padding.assign(tiles.count * taps, true);
   outputs.resize(pixels.size());
   residual.assign(pixels.size(), nullptr);
@@ -55,7 +59,7 @@ void ConvTable<T>::build(const ConvPlan& plan, const ConvOperands<T>& operands, 
           image = pixels.begin / plan.gather.pixels(), at = 0;
   for (int64_t tile = 0; tile < tiles.count; ++tile) {
     for (int64_t i = 0; i < tiles[tile].size(); ++i, ++at) {
-      const T** to = inputs.data() + tile * taps * plan.tile.pixels + i;
+      const T** to = inputs.data() + tile * taps * plan.tile.points + i;
       int64_t tap = tile * taps;
       const T* const x = operands.x + image * sizes.in_h * sizes.in_w * sizes.in_pixel;
       for (const int64_t h_offset : h.offsets) {
@@ -66,7 +70,7 @@ void ConvTable<T>::build(const ConvPlan& plan, const ConvOperands<T>& operands, 
           const bool is_inside = row_is_inside && in_col >= 0 && in_col < sizes.in_w;
           *to = is_inside ? x + (in_row * sizes.in_w + in_col) * sizes.in_pixel : zeros.data();
           if (is_inside) is_padding[tap] = false;
-          to += plan.tile.pixels;
+          to += plan.tile.points;
           ++tap;
         }
       }

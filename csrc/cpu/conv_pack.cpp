@@ -30,14 +30,21 @@ PanelRows::PanelRows(const ConvPlan& plan, const WeightStrides& strides) {
 }
 
 template <typename T>
-LooseWeight<T>::LooseWeight(const ConvPlan& plan, const T* w, const WeightStrides& strides)
-    : w(w),
-      step(strides.K),
-      rows(plan, strides),
+LooseWeight<T>::LooseWeight(const ConvPlan& plan, const WeightView<T>& weight)
+    : w(weight.w),
+      step(weight.strides.K),
+      rows(plan, weight.strides),
       is_in_order(step == 1 || std::is_sorted(rows.rows.begin(), rows.rows.end())) {}
 
 template <typename T>
 void pack_weight(const ConvPlan& plan, const LooseWeight<T>& weight, T* packed) {
+  if (plan.winograd) {
+    const auto pack = FUSEDRES_BEST_ISA(winograd_pack<T>);
+    return parallel_for_each(plan.panels, [&](int64_t panel) {
+      std::vector<T> direct;
+      pack(plan, weight, panel, direct, packed + panel * plan.panel_elements());
+    });
+  }
   const Cut pieces = Cut::at_most(weight.rows.offsets.size(), 256);
   const auto pack = FUSEDRES_BEST_ISA(conv_pack_piece<T>)(weight);
   parallel_for_each(plan.panels * pieces.count, [&](int64_t item) {

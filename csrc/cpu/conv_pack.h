@@ -11,6 +11,12 @@ struct WeightStrides {
   int64_t K, R, S, C, channels;
 };
 
+template <typename T>
+struct WeightView {
+  const T* w;
+  WeightStrides strides;
+};
+
 // What one output channel has at each place of a panel: the rows of a panel, and where they are in memory.
 struct PanelRows {
   PanelRows(const ConvPlan& plan, const WeightStrides& strides);
@@ -19,10 +25,10 @@ struct PanelRows {
   std::vector<int64_t> rows;     // the row at each offset, where one channel's weights lie side by side; else empty
 };
 
-// A weight as it lies in memory.
+// A weight as it lies in memory, and how a plan reads it.
 template <typename T>
 struct LooseWeight {
-  LooseWeight(const ConvPlan& plan, const T* w, const WeightStrides& strides);
+  LooseWeight(const ConvPlan& plan, const WeightView<T>& weight);
 
   const T* w;
   int64_t step;  // between output channels

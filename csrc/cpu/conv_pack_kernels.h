@@ -75,4 +75,40 @@ ConvPackPiece<T> conv_pack_piece(const LooseWeight<T>& weight) {
   return weight.rows.rows.empty() ? conv_pack_gathered<T> : conv_pack_turned<T>;
 }
 
+// Three taps g of one axis as the four factors G g of its inputs.
+template <typename T>
+FUSEDRES_INLINE void winograd_filter(Vec<T> first, Vec<T> middle, Vec<T> last, Vec<T> (&factors)[4]) {
+  const T half{0.5};
+  const Vec<T> ends = half * (first + last), centre = half * middle;
+  factors[0] = first;
+  factors[1] = ends + centre;
+  factors[2] = ends - centre;
+  factors[3] = last;
+}
+
+// Panel `index` as G g G^T: to (kFrequencies, depth, width). `direct` is where the direct sum's panel comes first.
+template <typename T>
+void winograd_pack(const ConvPlan& plan, const LooseWeight<T>& weight, int64_t index, std::vector<T>& direct, T* to) {
+  constexpr int64_t kWidth = kMicroVectors * kLanes<T>;
+  const int64_t depth = plan.sizes.depth;
+  const bool turns_h = plan.winograd->h.is_reversed, turns_w = plan.winograd->w.is_reversed;
+  direct.resize(9 * depth * kWidth);
+  conv_pack_piece<T>(weight)(plan, weight, index, {0, 9 * depth}, 0, direct.data());
+  for (int64_t at = 0; at < depth * kWidth; at += kLanes<T>) {
+    Vec<T> rows[3][4], columns[4][4];
+#pragma GCC unroll 3
+    for (int r = 0; r < 3; ++r) {
+      const T* const row = direct.data() + 3 * r * depth * kWidth + at;
+      const Vec<T> first = load(row), middle = load(row + depth * kWidth), last = load(row + 2 * depth * kWidth);
+      winograd_filter<T>(turns_w ? last : first, middle, turns_w ? first : last, rows[r]);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      winograd_filter<T>(rows[turns_h ? 2 : 0][j], rows[1][j], rows[turns_h ? 0 : 2][j], columns[j]);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) store(to + (4 * i + j) * depth * kWidth + at, columns[j][i]);
+    }
+  }
+}
+
 }  // namespace fusedres::cpu::FUSEDRES_ISA

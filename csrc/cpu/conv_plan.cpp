@@ -9,8 +9,10 @@ namespace {
 constexpr int64_t kRun = 36;
 constexpr int64_t kBlockTiles = 16, kBlockPanels = 16;
 constexpr int64_t kTasksEach = 4;  // at least, for every worker, so that none waits long for the last
-// Pixels that make one block, all that a panel meets.
-constexpr int64_t kFewPixels = 256;
+// Points that make one block, all that a panel meets.
+constexpr int64_t kFewPoints = 256;
+// Squares of a block: as many as leave their transformed inputs in the caches.
+constexpr int64_t kBlockSquares = 60;
 
 // Into how many blocks to cut the panels, `least` or more: more of them where that leaves the busiest worker less to
 // do.
@@ -28,19 +30,21 @@ int64_t count_panel_blocks(int64_t panels, int64_t pixel_blocks, int64_t workers
 ConvPlan::ConvPlan(const ConvSizes& sizes, Gather unplanned, ConvTile tile, int64_t workers, Weights weights)
     : sizes(sizes),
       gather(std::move(unplanned)),
+      winograd(winograd_grid(gather, sizes.depth, sizes.K)),
       tile(tile),
       panels(ceil_div(sizes.K, tile.channels)),
       runs(Cut::at_most(sizes.depth, kRun * tile.channels)),
       taps_at_once(std::max<int64_t>(kRun * tile.channels / std::max<int64_t>(sizes.depth, 1), 1)) {
-  const int64_t tiles = ceil_div(pixels(), tile.pixels);
-  const bool are_few = tiles > 0 && pixels() <= kFewPixels;
+  const int64_t tiles = ceil_div(points(), tile.points);
+  const bool are_few = tiles > 0 && points() <= (winograd ? kBlockSquares : kFewPoints);
   packs_panels = weights == Weights::kLoose && are_few && panels >= kTasksEach * workers;
   if (packs_panels) {
     tile_blocks = {tiles, 1};
     panel_blocks = {panels, kTasksEach * workers};
     return;
   }
-  tile_blocks = tiles > 0 ? Cut::at_most(tiles, kBlockTiles) : Cut(0, 0);
+  const int64_t block_tiles = winograd ? kBlockSquares / tile.points : kBlockTiles;
+  tile_blocks = tiles > 0 ? Cut::at_most(tiles, block_tiles) : Cut(0, 0);
   const int64_t wanted = ceil_div(kTasksEach * workers, std::max<int64_t>(tile_blocks.count, 1));
   const int64_t least = std::clamp(wanted, std::min(ceil_div(panels, kBlockPanels), panels), panels);
   panel_blocks = {panels, count_panel_blocks(panels, tile_blocks.count, workers, least)};

@@ -1,13 +1,14 @@
-// How a gather is cut into tasks: blocks of pixels by blocks of output channels, each running over the whole depth.
+// How a gather is cut into tasks: blocks of points by blocks of output channels, each running over the whole depth. A
+// point is a pixel or, under Winograd's algorithm, a square of 2x2 pixels.
 #pragma once
 
-#include "cpu/conv_gather.h"
+#include "cpu/winograd.h"
 
 namespace fusedres::cpu {
 
-// What a micro-tile of the instruction set in use holds: pixels by channels (a panel of the packed weight).
+// What a micro-tile of the instruction set in use holds: points by channels (a panel of the packed weight).
 struct ConvTile {
-  int64_t pixels, channels;
+  int64_t points, channels;
 };
 
 // `depth` elements are read at each tap; input pixels lie in_pixel elements apart.
@@ -23,21 +24,23 @@ enum class Weights { kLoose, kPacked };
 struct ConvPlan {
   ConvPlan(const ConvSizes& sizes, Gather gather, ConvTile tile, int64_t workers, Weights weights);
 
-  int64_t pixels() const { return sizes.N * gather.pixels(); }
+  int64_t points() const { return sizes.N * points_of_image(); }
+  int64_t points_of_image() const { return winograd ? winograd->squares() : gather.pixels(); }
   int64_t tasks() const { return tile_blocks.count * panel_blocks.count; }
   // All tiles of a block are full, but for the end of the last one.
-  Range pixel_block(int64_t i) const {
+  Range point_block(int64_t i) const {
     const Range tiles = tile_blocks[i];
-    return clip({tiles.begin * tile.pixels, tiles.end * tile.pixels}, pixels());
+    return clip({tiles.begin * tile.points, tiles.end * tile.points}, points());
   }
-  int64_t panel_elements() const { return gather.taps() * sizes.depth * tile.channels; }
+  int64_t panel_elements() const { return (winograd ? kFrequencies : gather.taps()) * sizes.depth * tile.channels; }
   int64_t packed_elements() const { return panels * panel_elements(); }
 
   ConvSizes sizes;
   Gather gather;
+  std::optional<WinogradGrid> winograd;  // or the direct sum
   ConvTile tile;
   int64_t panels;
-  Cut tile_blocks;       // of the tiles that hold the pixels of all images
+  Cut tile_blocks;       // of the tiles that hold the points of all images
   Cut panel_blocks;      // of the panels
   Cut runs;              // of a tap's depth
   int64_t taps_at_once;  // in one run, where runs are whole taps

@@ -2,6 +2,8 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
+#include <limits>
 #include <utility>
 
 #include "cpu/isa.h"
@@ -18,8 +20,13 @@ bool merges_columns(const Conv& conv) {
 }
 
 template <typename T>
+ConvTile best_conv_tile() {
+  return FUSEDRES_BEST_ISA(conv_tile<T>)();
+}
+
+template <typename T>
 ConvPlan gather_plan(const ConvSizes& sizes, Gather gather, int64_t workers, Weights weights) {
-  return {sizes, std::move(gather), FUSEDRES_BEST_ISA(conv_tile<T>)(), workers, weights};
+  return {sizes, std::move(gather), best_conv_tile<T>(), workers, weights};
 }
 
 template <typename T>
@@ -53,6 +60,7 @@ void run_alone(const ConvPlan& plan, const ConvOperands<T>& operands, ConvTable<
 }
 
 #define FUSEDRES_CONV_RUN(T)                                                    \
+  template ConvTile best_conv_tile<T>();                                        \
   template ConvPlan gather_plan<T>(const ConvSizes&, Gather, int64_t, Weights); \
   template ConvPlan fprop_plan<T>(const Conv&, int64_t, Weights);               \
   template void run<T>(const ConvPlan&, const ConvOperands<T>&);                \

@@ -35,13 +35,22 @@ struct Chain {
   }
 };
 
+// As many elements as the panels of a weight have, by either algorithm.
+template <typename T>
+int64_t most_packed_elements(const Tensor& w) {
+  const ConvTile tile = best_conv_tile<T>();
+  const bool is_3x3 = w.size(2) == 3 && w.size(3) == 3;
+  return ceil_div(w.size(0), tile.channels) * tile.channels * w.size(1) *
+         (is_3x3 ? kFrequencies : w.size(2) * w.size(3));
+}
+
 // One conv after the other, each on all threads. Their panels lie in the same memory, which so stays in the caches.
 template <typename T>
 Tensor conv_by_conv(const Chain& chain) {
   MaybeTensor scratch;
   if (chain.packed.empty()) {
     int64_t most = 0;
-    for (const Tensor& w : chain.weights) most = std::max(most, packed_elements<T>(w));
+    for (const Tensor& w : chain.weights) most = std::max(most, most_packed_elements<T>(w));
     scratch = new_tensor({most}, chain.weights[0].scalar_type());
   }
   const auto run_conv = [&](int64_t i, const Tensor& x, const MaybeTensor& residual, bool relu) {
@@ -61,6 +70,7 @@ Tensor conv_by_conv(const Chain& chain) {
 struct Step {
   Conv conv;
   ConvPlan plan;
+  const Tensor& w;
   Tensor packed, affine;
 
   int64_t out_elements() const { return conv.output().numel(); }
@@ -74,7 +84,7 @@ Step step_of(const Chain& chain, int64_t i, const Activation& in) {
   const ConvPlan plan = fprop_plan<T>(conv, 1, Weights::kPacked);
   MaybeTensor scratch;
   if (chain.packed.empty()) scratch = new_tensor({plan.packed_elements()}, dtype);
-  return {conv, plan, panels<T>(plan, chain.weight(i, scratch)), chain.affines[i]};
+  return {conv, plan, chain.weights[i], panels<T>(plan, chain.weight(i, scratch)), chain.affines[i]};
 }
 
 // Large maps of a whole batch leave the caches between two convs, those of one image do not: each thread takes an image
@@ -102,7 +112,7 @@ Tensor image_by_image(const Chain& chain) {
   std::vector<ConvTable<T>> tables(workers);
   share_tasks(workers, in.N, [&](int64_t worker, int64_t image) {
     const auto run_step = [&](const Step& step, const T* from, const T* residual, bool relu, T* to) {
-      ConvOperands<T> operands{from, const_data<T>(step.packed), to};
+      ConvOperands<T> operands{from, const_data<T>(step.packed), to, fprop_view<T>(step.w)};
       operands.scale = const_data<T>(step.affine);
       operands.bias = operands.scale + step.conv.K;
       operands.residual = residual;

@@ -127,6 +127,17 @@ FUSEDRES_INLINE void store_partial(T* to, Vec<acc_t<T>> value, int64_t count) {
   std::memcpy(to, buffer, count * sizeof(T));
 }
 
+// Whether any lane is NaN.
+template <typename V>
+FUSEDRES_INLINE bool has_nan(V value) {
+  const auto lanes = value != value;
+  uint64_t words[sizeof(V) / sizeof(uint64_t)], any = 0;
+  std::memcpy(words, &lanes, sizeof words);
+#pragma GCC unroll 8
+  for (const uint64_t word : words) any |= word;
+  return any != 0;
+}
+
 // A value as a tensor of T holds it.
 template <typename T>
 FUSEDRES_INLINE Vec<acc_t<T>> as_stored(Vec<acc_t<T>> value) {

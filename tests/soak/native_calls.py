@@ -77,7 +77,8 @@ class Draw:
         draw = self.random.randint
         while True:
             window = list(kernel) if kernel else self.one_of([1, 1], [3, 3], [draw(1, 4), draw(1, 7)])
-            stride, dilation = [draw(1, 3), draw(1, 3)], [draw(1, 3), draw(1, 2)]
+            stride = self.one_of([1, 1], [draw(1, 3), draw(1, 3)])
+            dilation = [draw(1, 3), draw(1, 2)]
             padding = [draw(0, 3), draw(0, 3)]
             if min(outputs(size, window, stride, padding, dilation)) > 0:
                 return window, stride, padding, dilation
@@ -149,15 +150,16 @@ def _weight(d: Draw, k: int, c: int, kernel: list[int], dtype: torch.dtype) -> T
 
 
 def conv_pack(d: Draw) -> tuple[Any, ...]:
-    _, c, *_ = d.size()
-    return (_weight(d, d.size()[1], c, [d.random.randint(1, 4), 3], d.one_of(*CONV_FLOATS)),)
+    size, k = d.size(), d.size()[1]
+    kernel, *geometry = d.geometry(size)
+    return _weight(d, k, size[1], kernel, d.one_of(*CONV_FLOATS)), list(size[2:]), *geometry
 
 
 def conv_fprop(d: Draw) -> tuple[Any, ...]:
     size, dtype, k = d.size(), d.one_of(*CONV_FLOATS), d.size()[1]
     kernel, stride, padding, dilation = d.geometry(size)
     w = _weight(d, k, size[1], kernel, dtype)
-    packed = d.maybe(torch.ops.fusedres_cpu.conv_pack(w))
+    packed = d.maybe(torch.ops.fusedres_cpu.conv_pack(w, size[2:], stride, padding, dilation))
     residual = d.maybe(d.map((size[0], k, *outputs(size, kernel, stride, padding, dilation)), dtype))
     bias = d.maybe(d.tensor(k, dtype=dtype))
     return d.map(size, dtype), w, packed, bias, residual, stride, padding, dilation, d.one_of(True, False)
@@ -177,21 +179,23 @@ def conv_dgrad(d: Draw) -> tuple[Any, ...]:
 def eval_chain(d: Draw) -> tuple[Any, ...]:
     size, dtype = d.size(), d.one_of(*CONV_FLOATS)
     count, projection = d.random.randint(1, 3), d.one_of(True, False)
-    weights, geometry, at = [], [], size
+    weights, packed, geometry, at = [], [], [], size
     for _ in range(count):
         kernel, *rest = d.geometry(at)
         weights.append(_weight(d, d.random.randint(1, 40), at[1], kernel, dtype))
+        packed.append(torch.ops.fusedres_cpu.conv_pack(weights[-1], at[2:], *rest))
         geometry += [*rest[0], *rest[1], *rest[2]]
         at = (size[0], len(weights[-1]), *outputs(at, kernel, *rest))
     if projection:
         projection = at[2:] == size[2:]
     if projection:
         weights.append(_weight(d, at[1], size[1], [1, 1], dtype))
+        packed.append(torch.ops.fusedres_cpu.conv_pack(weights[-1], size[2:], [1, 1], [0, 0], [1, 1]))
         geometry += [1, 1, 0, 0, 1, 1]
     vectors = [
         d.one_of(torch.empty(0, dtype=dtype), d.tensor(len(w), dtype=dtype).abs()) for w in weights for _ in range(5)
     ]
-    packed = d.one_of([], [torch.ops.fusedres_cpu.conv_pack(w) for w in weights])
+    packed = d.one_of([], packed)
     identity = not projection and at == size and d.one_of(True, False)
     residual = None if identity or projection else d.maybe(d.map(at, dtype))
     eps = torch.full((len(weights),), 1e-5, dtype=torch.float64)

@@ -1,0 +1,128 @@
+// The micro-tile of a convolution: points by the channels of one panel, and what becomes of its sums. Included by
+// conv_kernels.h, per instruction set.
+
+#include "cpu/prologue.h"
+
+namespace fusedres::cpu::FUSEDRES_ISA {
+
+constexpr int kConvPoints = kMicroRows, kConvVectors = kMicroVectors;
+
+template <typename T>
+constexpr int64_t kConvChannels = kConvVectors * kLanes<T>;
+
+template <typename T>
+ConvTile conv_tile() {
+  return {kConvPoints, kConvChannels<T>};
+}
+
+// What becomes of the sums of a micro-tile: kept, to be added to, or written to y. With its channels from `channel` on.
+template <typename T>
+struct ConvFinish {
+  const ConvOperands<T>* operands;
+  const int64_t* outputs;
+  const T* const* residual;
+  int64_t channel;
+
+  // Scale, bias, residual and ReLU on the sums of pixel i at the tile's channels c, and their way to y.
+  template <typename Lanes>
+  FUSEDRES_INLINE void operator()(Lanes lanes, int64_t i, int64_t c, Vec<T> value) const {
+    const int64_t at = channel + c;
+    if (operands->scale != nullptr) value *= lanes.load(operands->scale + at);
+    if (operands->bias != nullptr) value += lanes.load(operands->bias + at);
+    if (residual[i] != nullptr) value += lanes.load(residual[i] + at);
+    lanes.store(operands->y + outputs[i] + at, operands->relu ? relu(value) : value);
+  }
+};
+
+// sums (kPixels, kConvChannels) (+)= acc, which starts anew.
+template <typename T, int kPixels>
+FUSEDRES_INLINE void conv_keep(Vec<T> (&acc)[kPixels][kConvVectors], T* sums, bool is_first) {
+#pragma GCC unroll 12
+  for (int i = 0; i < kPixels; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kConvVectors; ++j) {
+      T* to = sums + i * kConvChannels<T> + j * kLanes<T>;
+      store(to, is_first ? acc[i][j] : load(to) + acc[i][j]);
+      acc[i][j] = Vec<T>{};
+    }
+  }
+}
+
+// What a register adds up: every addition rounds, and the totals of shorter sums round less.
+constexpr int64_t kLongestSum = 256;
+
+// sums (kPixels, kConvChannels) (+)= over `taps` taps and `depth` channels of each: input * panel.
+// inputs (taps, kConvPoints) point at the first channel; panel (taps, depth, kConvChannels). With `finish` the sums go
+// on to y.
+template <typename T, int kPixels>
+void conv_micro_tile(const T* const* inputs, int64_t taps, int64_t channel, int64_t depth, const T* panel, T* sums,
+                     bool is_first, const ConvFinish<T>* finish) {
+  Vec<T> acc[kPixels][kConvVectors] = {};
+  int64_t added = 0;
+  for (int64_t tap = 0; tap < taps; ++tap, inputs += kConvPoints) {
+    const T* pixels[kPixels];
+#pragma GCC unroll 12
+    for (int i = 0; i < kPixels; ++i) pixels[i] = inputs[i] + channel;
+    for (int64_t c = 0; c < depth;) {
+      if (added == kLongestSum) {
+        conv_keep<T, kPixels>(acc, sums, is_first);
+        is_first = false;
+        added = 0;
+      }
+      const int64_t end = std::min(depth, c + kLongestSum - added);
+      added += end - c;
+#pragma GCC unroll 4
+      for (; c < end; ++c, panel += kConvChannels<T>) {
+        Vec<T> weights[kConvVectors];
+#pragma GCC unroll 2
+        for (int j = 0; j < kConvVectors; ++j) weights[j] = load(panel + j * kLanes<T>);
+#pragma GCC unroll 12
+        for (int i = 0; i < kPixels; ++i) {
+          const Vec<T> value = broadcast(pixels[i][c]);
+#pragma GCC unroll 2
+          for (int j = 0; j < kConvVectors; ++j) acc[i][j] += value * weights[j];
+        }
+      }
+    }
+  }
+  if (finish == nullptr) {
+    conv_keep<T, kPixels>(acc, sums, is_first);
+    return;
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < kPixels; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kConvVectors; ++j) {
+      const int64_t c = j * kLanes<T>;
+      (*finish)(AllLanes{}, i, c, is_first ? acc[i][j] : load(sums + i * kConvChannels<T> + c) + acc[i][j]);
+    }
+  }
+}
+
+template <typename T>
+using ConvMicroTile = void (*)(const T* const*, int64_t, int64_t, int64_t, const T*, T*, bool, const ConvFinish<T>*);
+
+template <typename T, int kPixels = kConvPoints>
+ConvMicroTile<T> conv_micro_tile_of(int64_t pixels) {
+  if constexpr (kPixels > 1) {
+    if (pixels < kPixels) return conv_micro_tile_of<T, kPixels - 1>(pixels);
+  }
+  return conv_micro_tile<T, kPixels>;
+}
+
+// The same for sums that were kept: those of a ragged panel, and of taps that all lie in the padding.
+template <typename T>
+void conv_finish_sums(const ConvFinish<T>& finish, const T* sums, int64_t pixels, int64_t channels) {
+  for_each_vector<T>(channels, [&](auto lanes, int64_t c) {
+    for (int64_t i = 0; i < pixels; ++i) finish(lanes, i, c, load(sums + i * kConvChannels<T> + c));
+  });
+}
+
+// Asks for the lines of `count` elements ahead of their use.
+template <int kWrite, typename T>
+FUSEDRES_INLINE void conv_prefetch(const T* from, int64_t count) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(from + i, kWrite);
+}
+
+}  // namespace fusedres::cpu::FUSEDRES_ISA
