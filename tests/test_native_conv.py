@@ -140,18 +140,18 @@ def test_nan_passes_through_the_relu_and_padding_adds_nothing():
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), 3e38])
 def test_infinity_and_what_is_close_to_it_give_what_they_give_in_eager(value, dilation):
     x, w, geometry = operands((1, 18, 9, 9, 21, 3, 3, (1, 1), (1, 2), (dilation, dilation)), torch.float32)
-    for at in ((2, 3, 3), (2, 3, 4), (7, 3, 4), (7, 8, 8), (0, 0, 0)):
-        x[0, *at] = value
+    for c, row, col in ((2, 3, 3), (2, 3, 4), (7, 3, 4), (7, 8, 8), (0, 0, 0)):
+        x[0, c, row, col] = value
     w = w / 8
     expected = F.conv2d(x, w, None, *geometry)
     residual = torch.randn_like(expected).contiguous(memory_format=CL)
     y = kernels.conv_fprop(x, w, None, None, residual, *geometry, False)
-    torch.testing.assert_close(y, expected + residual, rtol=1e-4, atol=1e-5, equal_nan=True)
+    torch.testing.assert_close(y, expected + residual, rtol=1e-4, atol=1e-4, equal_nan=True)
     leaf, dz = torch.zeros_like(x).requires_grad_(), torch.randn_like(residual)
     dz[0, 3, 5, 5:7] = dz[0, 4, 5, 6] = value
     F.conv2d(leaf, w, None, *geometry).backward(dz)
     dx = kernels.conv_dgrad(dz, w, x.shape[2:], *geometry, None, (1, 1))
-    torch.testing.assert_close(dx, leaf.grad, rtol=1e-4, atol=1e-5, equal_nan=True)
+    torch.testing.assert_close(dx, leaf.grad, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
 @pytest.mark.parametrize(

@@ -127,15 +127,15 @@ FUSEDRES_INLINE void store_partial(T* to, Vec<acc_t<T>> value, int64_t count) {
   std::memcpy(to, buffer, count * sizeof(T));
 }
 
-// Whether any lane is NaN.
+// Whether no lane is NaN or infinite.
 template <typename V>
-FUSEDRES_INLINE bool has_nan(V value) {
-  const auto lanes = value != value;
+FUSEDRES_INLINE bool is_finite(V value) {
+  const auto lanes = value - value != V{};
   uint64_t words[sizeof(V) / sizeof(uint64_t)], any = 0;
   std::memcpy(words, &lanes, sizeof words);
 #pragma GCC unroll 8
   for (const uint64_t word : words) any |= word;
-  return any != 0;
+  return any == 0;
 }
 
 // A value as a tensor of T holds it.

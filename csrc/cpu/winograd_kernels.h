@@ -101,8 +101,8 @@ void winograd_outputs(const ConvPlan& plan, const ConvOperands<T>& operands, Ran
   }
 }
 
-// The direct sums of output i of a square at the channels [channel, channel + kLanes). Where an input is infinite the
-// transforms subtract infinities that the direct sum never meets; NaN among the inputs is NaN in both.
+// The direct sums of output i of a square at the channels [channel, channel + kLanes). Where inputs are infinite, or
+// almost, the transforms make infinities that the direct sum never meets; NaN among the inputs is NaN in both.
 template <typename T>
 Vec<T> winograd_direct_sums(const ConvPlan& plan, const ConvOperands<T>& operands, const Square& square, int64_t i,
                             int64_t channel) {
@@ -145,12 +145,12 @@ void winograd_finish(const ConvPlan& plan, const ConvOperands<T>& operands, cons
     }
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) winograd_output(rows[i][0], rows[i][1], rows[i][2], rows[i][3], out[i]);
-    const bool is_number = !has_nan((out[0][0] + out[0][1]) + (out[1][0] + out[1][1]));
+    const bool are_finite = is_finite((out[0][0] + out[0][1]) + (out[1][0] + out[1][1]));
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       if (finish.outputs[i] < 0) continue;
       finish(lanes, i, c,
-             is_number
+             are_finite
                  ? out[i / 2][i % 2]
                  : winograd_direct_sums(plan, operands, Square::of(*plan.winograd, index), i, finish.channel + c));
     }

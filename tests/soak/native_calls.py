@@ -6,6 +6,7 @@ written beyond its memory.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -348,20 +349,29 @@ def _spoiled(d: Draw, value: Any) -> tuple[str, Any]:
     return "another number", d.one_of(float("nan"), float("inf"), -1.0, 1e308)
 
 
+#: Five times so many rows and columns of float32 are 2**64 bytes and 31 MiB.
+BEYOND_MEMORY = [1073725502, 859006517]
+
+
 def _beyond_memory(d: Draw) -> Call:
     """The gradient of an input whose size in bytes no 64-bit number holds."""
-    n, c, k = (d.random.randint(1, 3) for _ in range(3))
-    dtype, far = d.one_of(*CONV_FLOATS), [2**31, 2**31]
-    args = d.map((n, k, 1, 1), dtype), d.tensor(k, c, 1, 1, dtype=dtype), far, far, [0, 0], [1, 1], None, [1, 1]
+    (n, c), dtype, far = d.one_of((1, 5), (5, 1)), d.one_of(*CONV_FLOATS), BEYOND_MEMORY
+    args = d.map((n, 3, 1, 1), dtype), d.tensor(3, c, 1, 1, dtype=dtype), far, far, [0, 0], [1, 1], None, [1, 1]
     return Call("conv_dgrad", args, ("2: beyond memory",))
+
+
+def _rows_less(d: Draw) -> Call:
+    """The affine backward with fewer vectors than it has."""
+    g, z, bn, sums, inv_count = dbn(d)
+    return Call("dbn", (g, z, bn[: d.random.randrange(4)], sums, inv_count), ("2: rows less",))
 
 
 def calls(seed: int) -> Iterator[Call]:
     """An endless run of calls, a third of them right."""
     d = Draw(seed)
-    while True:
-        if d.random.randrange(100) == 0:
-            yield _beyond_memory(d)
+    for count in itertools.count():
+        if count % 100 == 0:
+            yield from (_beyond_memory(d), _rows_less(d))
         op = d.one_of(*RIGHT)
         args, spoiled = list(RIGHT[op](d)), []
         for at in d.random.sample(range(len(args)), min(len(args), d.one_of(0, 0, 1, 1, 1, 2))):
