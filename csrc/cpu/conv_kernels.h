@@ -32,10 +32,9 @@ const T* conv_panel_rows(const ConvPlan& plan, const ConvOperands<T>& operands, 
 template <typename T>
 void conv_panels(const ConvPlan& plan, const ConvOperands<T>& operands, const Cut& tiles, Range panels,
                  ConvTable<T>& table) {
-  constexpr int64_t kTile = kConvPoints * kConvChannels<T>;
   const int64_t taps = plan.gather.taps(), depth = plan.sizes.depth;
   const bool is_one_run = taps <= plan.taps_at_once && plan.runs.count == 1;
-  table.sums.resize(is_one_run ? kTile : panels.size() * tiles.count * kTile);
+  table.sums.resize(is_one_run ? kConvTile<T> : panels.size() * tiles.count * kConvTile<T>);
   int64_t tap = 0;
   do {
     const int64_t run_taps = std::min(plan.taps_at_once, taps - tap);
@@ -49,7 +48,7 @@ void conv_panels(const ConvPlan& plan, const ConvOperands<T>& operands, const Cu
         const int64_t channel = p * kConvChannels<T>;
         const int64_t width = std::min(kConvChannels<T>, plan.sizes.K - channel);
         for (int64_t t = 0; t < tiles.count; ++t) {
-          T* sums = table.sums.data() + (is_one_run ? 0 : ((p - panels.begin) * tiles.count + t) * kTile);
+          T* sums = table.sums.data() + (is_one_run ? 0 : ((p - panels.begin) * tiles.count + t) * kConvTile<T>);
           const Range pixels = tiles[t];
           const T* const* inputs = table.inputs.data() + (t * taps + tap) * kConvPoints;
           if (p == panels.begin && t + 1 < tiles.count) {
@@ -71,7 +70,7 @@ void conv_panels(const ConvPlan& plan, const ConvOperands<T>& operands, const Cu
             conv_micro_tile_of<T>(pixels.size())(inputs, run_taps, channels.begin, channels.size(), panel, sums,
                                                  is_first, is_last && is_whole ? &finish : nullptr);
           } else if (is_first) {
-            std::fill_n(sums, kTile, T{0});
+            std::fill_n(sums, kConvTile<T>, T{0});
           }
           if (is_last && !(is_whole && is_read)) conv_finish_sums(finish, sums, pixels.size(), width);
         }

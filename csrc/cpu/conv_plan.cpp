@@ -9,10 +9,10 @@ namespace {
 constexpr int64_t kRun = 36;
 constexpr int64_t kBlockTiles = 16, kBlockPanels = 16;
 constexpr int64_t kTasksEach = 4;  // at least, for every worker, so that none waits long for the last
-// Points that make one block, all that a panel meets.
-constexpr int64_t kFewPoints = 256;
 // Squares of a block: as many as leave their transformed inputs in the caches.
-constexpr int64_t kBlockSquares = 60;
+constexpr int64_t kBlockSquares = 36;
+// Points that make one block where a panel is packed for all that it meets.
+constexpr int64_t kFewPixels = 256, kFewSquares = 60;
 
 // Into how many blocks to cut the panels, `least` or more: more of them where that leaves the busiest worker less to
 // do.
@@ -36,7 +36,7 @@ ConvPlan::ConvPlan(const ConvSizes& sizes, Gather unplanned, ConvTile tile, int6
       runs(Cut::at_most(sizes.depth, kRun * tile.channels)),
       taps_at_once(std::max<int64_t>(kRun * tile.channels / std::max<int64_t>(sizes.depth, 1), 1)) {
   const int64_t tiles = ceil_div(points(), tile.points);
-  const bool are_few = tiles > 0 && points() <= (winograd ? kBlockSquares : kFewPoints);
+  const bool are_few = tiles > 0 && points() <= (winograd ? kFewSquares : kFewPixels);
   packs_panels = weights == Weights::kLoose && are_few && panels >= kTasksEach * workers;
   if (packs_panels) {
     tile_blocks = {tiles, 1};

@@ -11,6 +11,9 @@ template <typename T>
 constexpr int64_t kConvChannels = kConvVectors * kLanes<T>;
 
 template <typename T>
+constexpr int64_t kConvTile = kConvPoints * kConvChannels<T>;
+
+template <typename T>
 ConvTile conv_tile() {
   return {kConvPoints, kConvChannels<T>};
 }

@@ -128,11 +128,12 @@ Vec<T> winograd_direct_sums(const ConvPlan& plan, const ConvOperands<T>& operand
   return load(sums);
 }
 
-// A^T m A of one square and the channels of a panel, with what follows it on the way to y; sums (kFrequencies, ...),
-// `step` apart, from the first frequency on.
+// A^T m A of one square and `width` channels of a panel, with what follows it on the way to y. sums: those of the
+// square in the tile of every frequency.
 template <typename T>
 void winograd_finish(const ConvPlan& plan, const ConvOperands<T>& operands, const ConvFinish<T>& finish, int64_t index,
-                     const T* sums, int64_t step, int64_t width) {
+                     const T* sums, int64_t width) {
+  constexpr int64_t step = kConvTile<T>;
   for_each_vector<T>(width, [&](auto lanes, int64_t c) {
     Vec<T> rows[2][4], out[2][2];
 #pragma GCC unroll 4
@@ -157,22 +158,37 @@ void winograd_finish(const ConvPlan& plan, const ConvOperands<T>& operands, cons
   });
 }
 
-// How many panels take one frequency after the other: their sums are meant for the second-level cache.
-constexpr int64_t kWinogradPanels = 2;
-
 template <typename T>
-const T* winograd_panels(const ConvPlan& plan, const ConvOperands<T>& operands, int64_t first, ConvTable<T>& table) {
-  if (operands.loose == nullptr) return operands.packed + first * plan.panel_elements();
+const T* winograd_panel(const ConvPlan& plan, const ConvOperands<T>& operands, int64_t panel, ConvTable<T>& table) {
+  if (operands.loose == nullptr) return operands.packed + panel * plan.panel_elements();
   table.panel.resize(plan.panel_elements());
-  winograd_pack(plan, *operands.loose, first, table.direct_panel, table.panel.data());
+  winograd_pack(plan, *operands.loose, panel, table.direct_panel, table.panel.data());
   return table.panel.data();
+}
+
+// The sums of the block's squares over all inputs of one frequency: `sums` (tiles, kFrequencies, tile).
+template <typename T>
+void winograd_products(const ConvPlan& plan, const ConvTable<T>& table, const Cut& tiles, int64_t frequency,
+                       const T* panel, T* sums) {
+  const int64_t depth = plan.sizes.depth;
+  const T* const inputs = table.squares.data() + frequency * table.square_step;
+  for (int64_t run = 0; run < plan.runs.count; ++run) {
+    const Range channels = plan.runs[run];
+    for (int64_t t = 0; t < tiles.count; ++t) {
+      const Range points = tiles[t];
+      const T* rows[kConvPoints];
+      for (int64_t i = 0; i < points.size(); ++i) rows[i] = inputs + (points.begin + i) * depth;
+      conv_micro_tile_of<T>(points.size())(rows, 1, channels.begin, channels.size(),
+                                           panel + (frequency * depth + channels.begin) * kConvChannels<T>,
+                                           sums + (t * kFrequencies + frequency) * kConvTile<T>, run == 0, nullptr);
+    }
+  }
 }
 
 // One task of the plan: the squares of a block by its panels.
 template <typename T>
 void winograd_block(const ConvPlan& plan, const ConvOperands<T>& operands, int64_t task, ConvTable<T>& table) {
-  constexpr int64_t kTile = kConvPoints * kConvChannels<T>;
-  const int64_t block = task / plan.panel_blocks.count, depth = plan.sizes.depth;
+  const int64_t block = task / plan.panel_blocks.count;
   const Range squares = plan.point_block(block), panels = plan.panel_blocks[task % plan.panel_blocks.count];
   const Cut tiles = Cut::at_most(squares.size(), kConvPoints);
   if (block != table.block) {
@@ -180,39 +196,18 @@ void winograd_block(const ConvPlan& plan, const ConvOperands<T>& operands, int64
     winograd_outputs(plan, operands, squares, table);
     table.block = block;
   }
-  const int64_t at_once = plan.packs_panels ? 1 : kWinogradPanels;
-  table.sums.resize(at_once * tiles.count * kFrequencies * kTile);
-  for (int64_t first = panels.begin; first < panels.end; first += at_once) {
-    const int64_t count = std::min(at_once, panels.end - first);
-    const T* const packed = winograd_panels(plan, operands, first, table);
+  table.sums.resize(tiles.count * kFrequencies * kConvTile<T>);
+  for (int64_t p = panels.begin; p < panels.end; ++p) {
+    const T* const panel = winograd_panel(plan, operands, p, table);
     for (int64_t frequency = 0; frequency < kFrequencies; ++frequency) {
-      const T* const inputs = table.squares.data() + frequency * table.square_step;
-      for (int64_t run = 0; run < plan.runs.count; ++run) {
-        const Range channels = plan.runs[run];
-        for (int64_t p = 0; p < count; ++p) {
-          const T* const panel =
-              packed + p * plan.panel_elements() + (frequency * depth + channels.begin) * kConvChannels<T>;
-          for (int64_t t = 0; t < tiles.count; ++t) {
-            const Range points = tiles[t];
-            const T* rows[kConvPoints];
-            for (int64_t i = 0; i < points.size(); ++i) rows[i] = inputs + (points.begin + i) * depth;
-            T* const sums = table.sums.data() + ((p * tiles.count + t) * kFrequencies + frequency) * kTile;
-            conv_micro_tile_of<T>(points.size())(rows, 1, channels.begin, channels.size(), panel, sums, run == 0,
-                                                 nullptr);
-          }
-        }
-      }
+      winograd_products(plan, table, tiles, frequency, panel, table.sums.data());
     }
-    for (int64_t p = 0; p < count; ++p) {
-      const int64_t channel = (first + p) * kConvChannels<T>;
-      const int64_t width = std::min(kConvChannels<T>, plan.sizes.K - channel);
-      for (int64_t t = 0; t < tiles.count; ++t) {
-        const T* const sums = table.sums.data() + (p * tiles.count + t) * kFrequencies * kTile;
-        for (int64_t i = tiles[t].begin; i < tiles[t].end; ++i) {
-          const ConvFinish<T> finish{&operands, table.outputs.data() + 4 * i, table.residual.data() + 4 * i, channel};
-          winograd_finish(plan, operands, finish, squares.begin + i, sums + (i - tiles[t].begin) * kConvChannels<T>,
-                          kTile, width);
-        }
+    const int64_t channel = p * kConvChannels<T>, width = std::min(kConvChannels<T>, plan.sizes.K - channel);
+    for (int64_t t = 0; t < tiles.count; ++t) {
+      const T* sums = table.sums.data() + t * kFrequencies * kConvTile<T>;
+      for (int64_t i = tiles[t].begin; i < tiles[t].end; ++i, sums += kConvChannels<T>) {
+        const ConvFinish<T> finish{&operands, table.outputs.data() + 4 * i, table.residual.data() + 4 * i, channel};
+        winograd_finish(plan, operands, finish, squares.begin + i, sums, width);
       }
     }
   }
