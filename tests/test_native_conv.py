@@ -73,11 +73,18 @@ def channels_innermost(w):
     return w.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
 
 
-LAYOUTS = [torch.Tensor.contiguous, lambda w: w.contiguous(memory_format=CL), channels_innermost, lambda w: w[:, ::2]]
+LAYOUTS = {
+    "oihw": torch.Tensor.contiguous,
+    "ohwi": lambda w: w.contiguous(memory_format=CL),
+    "oiwh": lambda w: w.transpose(2, 3).contiguous().transpose(2, 3),
+    "ihwo": channels_innermost,
+    "strided": lambda w: w[:, ::2],
+    "expanded": lambda w: w[:, :1].expand(w.shape),
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("layout", LAYOUTS, ids=["oihw", "ohwi", "ihwo", "strided"])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_a_packed_weight_gives_the_same_bits(layout, dtype):
     for problem in PROBLEMS:
         x, w, geometry = operands(problem, dtype)
@@ -86,6 +93,7 @@ def test_a_packed_weight_gives_the_same_bits(layout, dtype):
         direct = kernels.conv_fprop(x, w, None, None, None, *geometry, False)
         packed = kernels.conv_fprop(x, w, kernels.conv_pack(w, x.shape[2:], *geometry), None, None, *geometry, False)
         assert torch.equal(direct, packed)
+        assert torch.equal(direct, kernels.conv_fprop(x, w.clone(), None, None, None, *geometry, False))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

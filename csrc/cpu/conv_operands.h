@@ -31,7 +31,6 @@ struct ConvTable {
   std::vector<T> zeros;            // (depth,) what a tap in the padding reads
   std::vector<T> sums;             // (panels, tiles, tile.points, tile.channels)
   std::vector<T> panel;            // (rows of a run, tile.channels) where the plan packs panels
-  std::vector<T> direct_panel;     // (taps, depth, tile.channels) from which Winograd's is made
   std::vector<T> squares;          // (kFrequencies, points, depth), frequencies square_step apart
   int64_t square_step = 0;
   int64_t block = -1;  // what the table was made for

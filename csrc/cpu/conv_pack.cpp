@@ -19,6 +19,13 @@ PanelRows::PanelRows(const ConvPlan& plan, const WeightStrides& strides) {
       }
     }
   }
+  if (plan.winograd) {
+    std::vector<int64_t> by_channel;
+    for (int64_t c = 0; c < plan.sizes.depth; ++c) {
+      for (int64_t tap = 0; tap < 9; ++tap) by_channel.push_back(offsets[tap * plan.sizes.depth + c]);
+    }
+    offsets = std::move(by_channel);
+  }
   rows.resize(count);
   for (int64_t row = 0; row < count; ++row) {
     if (offsets[row] < 0 || offsets[row] >= count) {
@@ -27,6 +34,10 @@ PanelRows::PanelRows(const ConvPlan& plan, const WeightStrides& strides) {
     }
     rows[offsets[row]] = row;
   }
+  const auto is_alone = [&](int64_t row) { return rows[offsets[row]] == row; };  // not so in an expanded weight
+  for (int64_t row = 0; row < count && !rows.empty(); ++row) {
+    if (!is_alone(row)) rows.clear();
+  }
 }
 
 template <typename T>
@@ -34,16 +45,15 @@ LooseWeight<T>::LooseWeight(const ConvPlan& plan, const WeightView<T>& weight)
     : w(weight.w),
       step(weight.strides.K),
       rows(plan, weight.strides),
-      is_in_order(step == 1 || std::is_sorted(rows.rows.begin(), rows.rows.end())) {}
+      is_in_order(step == 1 || std::is_sorted(rows.rows.begin(), rows.rows.end())),
+      is_tap_after_tap(weight.strides.C == 1) {}
 
 template <typename T>
 void pack_weight(const ConvPlan& plan, const LooseWeight<T>& weight, T* packed) {
   if (plan.winograd) {
     const auto pack = FUSEDRES_BEST_ISA(winograd_pack<T>);
-    return parallel_for_each(plan.panels, [&](int64_t panel) {
-      std::vector<T> direct;
-      pack(plan, weight, panel, direct, packed + panel * plan.panel_elements());
-    });
+    return parallel_for_each(plan.panels,
+                             [&](int64_t panel) { pack(plan, weight, panel, packed + panel * plan.panel_elements()); });
   }
   const Cut pieces = Cut::at_most(weight.rows.offsets.size(), 256);
   const auto pack = FUSEDRES_BEST_ISA(conv_pack_piece<T>)(weight);

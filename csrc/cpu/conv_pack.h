@@ -1,4 +1,5 @@
-// The order in which conv kernels read a weight: panels (taps, depth, tile.channels) of output channels.
+// The order in which conv kernels read a weight: panels of output channels, (taps, depth, tile.channels) for the direct
+// sum, (kFrequencies, depth, tile.channels) for Winograd's.
 #pragma once
 
 #include "cpu/conv_plan.h"
@@ -17,11 +18,11 @@ struct WeightView {
   WeightStrides strides;
 };
 
-// What one output channel has at each place of a panel: the rows of a panel, and where they are in memory.
+// The weights of one output channel, as rows that a panel has or is made from, and where they are in memory.
 struct PanelRows {
   PanelRows(const ConvPlan& plan, const WeightStrides& strides);
 
-  std::vector<int64_t> offsets;  // (taps * depth,) of each row
+  std::vector<int64_t> offsets;  // (taps, depth) for the direct sum, (depth, taps) for Winograd's
   std::vector<int64_t> rows;     // the row at each offset, where one channel's weights lie side by side; else empty
 };
 
@@ -33,7 +34,8 @@ struct LooseWeight {
   const T* w;
   int64_t step;  // between output channels
   PanelRows rows;
-  bool is_in_order;  // a run of places in memory is the same run of rows
+  bool is_in_order;       // a run of places in memory is the same run of rows
+  bool is_tap_after_tap;  // every tap's channels lie side by side
 };
 
 // Fills `packed` (plan.packed_elements()); lanes past the last output channel are zero.

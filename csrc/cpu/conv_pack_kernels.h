@@ -86,27 +86,48 @@ FUSEDRES_INLINE void winograd_filter(Vec<T> first, Vec<T> middle, Vec<T> last, V
   factors[3] = last;
 }
 
-// Panel `index` as G g G^T: to (kFrequencies, depth, width). `direct` is where the direct sum's panel comes first.
+// The taps of some input channels and the output channels of panel `index`: to (channels, taps, width).
 template <typename T>
-void winograd_pack(const ConvPlan& plan, const LooseWeight<T>& weight, int64_t index, std::vector<T>& direct, T* to) {
-  constexpr int64_t kWidth = kMicroVectors * kLanes<T>;
+void winograd_pack_taps(const ConvPlan& plan, const LooseWeight<T>& weight, int64_t index, Range channels, T* to) {
+  const int64_t depth = plan.sizes.depth, first_row = 9 * channels.begin;
+  const auto pack = conv_pack_piece<T>(weight);
+  const bool is_by_row = pack != conv_pack_turned<T> || weight.is_in_order;
+  if (is_by_row) return pack(plan, weight, index, {first_row, 9 * channels.end}, first_row, to);
+  if (!weight.is_tap_after_tap) {
+    return conv_pack_gathered(plan, weight, index, {first_row, 9 * channels.end}, first_row, to);
+  }
+  for (int64_t tap = 0; tap < 9; ++tap) {
+    pack(plan, weight, index, {tap * depth + channels.begin, tap * depth + channels.end}, first_row, to);
+  }
+}
+
+// Panel `index` as G g G^T, to (kFrequencies, depth, width), frequencies plan.frequency_elements() apart.
+template <typename T>
+void winograd_pack(const ConvPlan& plan, const LooseWeight<T>& weight, int64_t index, T* to) {
+  constexpr int64_t kWidth = kMicroVectors * kLanes<T>, kChannels = 16;
   const int64_t depth = plan.sizes.depth;
   const bool turns_h = plan.winograd->h.is_reversed, turns_w = plan.winograd->w.is_reversed;
-  direct.resize(9 * depth * kWidth);
-  conv_pack_piece<T>(weight)(plan, weight, index, {0, 9 * depth}, 0, direct.data());
-  for (int64_t at = 0; at < depth * kWidth; at += kLanes<T>) {
-    Vec<T> rows[3][4], columns[4][4];
+  T taps[kChannels * 9 * kWidth];
+  for (int64_t first = 0; first < depth; first += kChannels) {
+    const Range channels{first, std::min(depth, first + kChannels)};
+    winograd_pack_taps(plan, weight, index, channels, taps);
+    for (int64_t c = channels.begin; c < channels.end; ++c) {
+      for (int64_t k = 0; k < kWidth; k += kLanes<T>) {
+        const T* const filter = taps + 9 * (c - first) * kWidth + k;
+        Vec<T> rows[3][4], column[4];
 #pragma GCC unroll 3
-    for (int r = 0; r < 3; ++r) {
-      const T* const row = direct.data() + 3 * r * depth * kWidth + at;
-      const Vec<T> first = load(row), middle = load(row + depth * kWidth), last = load(row + 2 * depth * kWidth);
-      winograd_filter<T>(turns_w ? last : first, middle, turns_w ? first : last, rows[r]);
-    }
+        for (int r = 0; r < 3; ++r) {
+          const T* const row = filter + 3 * r * kWidth;
+          const Vec<T> left = load(row), middle = load(row + kWidth), right = load(row + 2 * kWidth);
+          winograd_filter<T>(turns_w ? right : left, middle, turns_w ? left : right, rows[r]);
+        }
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      winograd_filter<T>(rows[turns_h ? 2 : 0][j], rows[1][j], rows[turns_h ? 0 : 2][j], columns[j]);
+        for (int j = 0; j < 4; ++j) {
+          winograd_filter<T>(turns_h ? rows[2][j] : rows[0][j], rows[1][j], turns_h ? rows[0][j] : rows[2][j], column);
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) store(to + (4 * i + j) * depth * kWidth + at, columns[j][i]);
+          for (int i = 0; i < 4; ++i) store(to + (4 * i + j) * plan.frequency_elements() + c * kWidth + k, column[i]);
+        }
+      }
     }
   }
 }

@@ -32,7 +32,12 @@ struct ConvPlan {
     const Range tiles = tile_blocks[i];
     return clip({tiles.begin * tile.points, tiles.end * tile.points}, points());
   }
-  int64_t panel_elements() const { return (winograd ? kFrequencies : gather.taps()) * sizes.depth * tile.channels; }
+  // Of a panel, between frequencies: an odd number of rows, for what meets all sixteen to meet sixteen sets of the
+  // cache.
+  int64_t frequency_elements() const { return (sizes.depth | 1) * tile.channels; }
+  int64_t panel_elements() const {
+    return winograd ? kFrequencies * frequency_elements() : gather.taps() * sizes.depth * tile.channels;
+  }
   int64_t packed_elements() const { return panels * panel_elements(); }
 
   ConvSizes sizes;

@@ -40,8 +40,8 @@ template <typename T>
 int64_t most_packed_elements(const Tensor& w) {
   const ConvTile tile = best_conv_tile<T>();
   const bool is_3x3 = w.size(2) == 3 && w.size(3) == 3;
-  return ceil_div(w.size(0), tile.channels) * tile.channels * w.size(1) *
-         (is_3x3 ? kFrequencies : w.size(2) * w.size(3));
+  const int64_t rows = is_3x3 ? kFrequencies * (w.size(1) | 1) : w.size(2) * w.size(3) * w.size(1);
+  return ceil_div(w.size(0), tile.channels) * tile.channels * rows;
 }
 
 // One conv after the other, each on all threads. Their panels lie in the same memory, which so stays in the caches.

@@ -162,7 +162,7 @@ template <typename T>
 const T* winograd_panel(const ConvPlan& plan, const ConvOperands<T>& operands, int64_t panel, ConvTable<T>& table) {
   if (operands.loose == nullptr) return operands.packed + panel * plan.panel_elements();
   table.panel.resize(plan.panel_elements());
-  winograd_pack(plan, *operands.loose, panel, table.direct_panel, table.panel.data());
+  winograd_pack(plan, *operands.loose, panel, table.panel.data());
   return table.panel.data();
 }
 
@@ -178,9 +178,10 @@ void winograd_products(const ConvPlan& plan, const ConvTable<T>& table, const Cu
       const Range points = tiles[t];
       const T* rows[kConvPoints];
       for (int64_t i = 0; i < points.size(); ++i) rows[i] = inputs + (points.begin + i) * depth;
-      conv_micro_tile_of<T>(points.size())(rows, 1, channels.begin, channels.size(),
-                                           panel + (frequency * depth + channels.begin) * kConvChannels<T>,
-                                           sums + (t * kFrequencies + frequency) * kConvTile<T>, run == 0, nullptr);
+      conv_micro_tile_of<T>(points.size())(
+          rows, 1, channels.begin, channels.size(),
+          panel + frequency * plan.frequency_elements() + channels.begin * kConvChannels<T>,
+          sums + (t * kFrequencies + frequency) * kConvTile<T>, run == 0, nullptr);
     }
   }
 }
