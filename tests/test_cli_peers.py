@@ -35,7 +35,7 @@ def named(name: str) -> Peer:
     return next(peer for peer in peers.PEERS if peer.name == name)
 
 
-@pytest.mark.parametrize("name", ["ONNX Runtime CPU", "OpenVINO", "timm"])
+@pytest.mark.parametrize("name", ["fused, frozen", "ONNX Runtime CPU", "OpenVINO", "timm"])
 def test_a_peer_computes_what_eager_computes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in named(name).needs:
         pytest.importorskip(package, reason=f"needs {package}")

@@ -19,6 +19,13 @@ struct ConvOperands {
   const T* residual = nullptr;
   int64_t residual_h = 1, residual_w = 1;
   bool relu = false;
+
+  // The residual's channels for a pixel of y, null where there are none.
+  const T* residual_of(const ConvSizes& sizes, int64_t image, int64_t row, int64_t col) const {
+    if (residual == nullptr || row % residual_h != 0 || col % residual_w != 0) return nullptr;
+    const int64_t rows = ceil_div(sizes.out_h, residual_h), cols = ceil_div(sizes.out_w, residual_w);
+    return residual + ((image * rows + row / residual_h) * cols + col / residual_w) * sizes.K;
+  }
 };
 
 // What one block of points needs: addresses, and buffers.
@@ -47,8 +54,7 @@ void ConvTable<T>::build(const ConvPlan& plan, const ConvOperands<T>& operands, 
   const GatherAxis &h = plan.gather.h, &w = plan.gather.w;
   const Range pixels = plan.point_block(index);
   const Cut tiles = Cut::at_most(pixels.size(), plan.tile.points);
-  const int64_t taps = plan.gather.taps(), residual_rows = ceil_div(sizes.out_h, operands.residual_h),
-                residual_cols = ceil_div(sizes.out_w, operands.residual_w);
+  const int64_t taps = plan.gather.taps();
   inputs.resize(tiles.count * taps * plan.tile.points);
   is_padding.assign(tiles.count * taps, true);
   outputs.resize(pixels.size());
@@ -75,11 +81,7 @@ void ConvTable<T>::build(const ConvPlan& plan, const ConvOperands<T>& operands, 
       }
       const int64_t out_row = h.out_begin + row * h.out_step, out_col = w.out_begin + col * w.out_step;
       outputs[at] = ((image * sizes.out_h + out_row) * sizes.out_w + out_col) * sizes.K;
-      if (operands.residual != nullptr && out_row % operands.residual_h == 0 && out_col % operands.residual_w == 0) {
-        const int64_t pixel =
-            (image * residual_rows + out_row / operands.residual_h) * residual_cols + out_col / operands.residual_w;
-        residual[at] = operands.residual + pixel * sizes.K;
-      }
+      residual[at] = operands.residual_of(sizes, image, out_row, out_col);
       if (++col == w.points) {
         col = 0;
         if (++row == h.points) row = 0, ++image;

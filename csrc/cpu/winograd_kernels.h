@@ -81,8 +81,6 @@ void winograd_transform(const ConvPlan& plan, const ConvOperands<T>& operands, R
 template <typename T>
 void winograd_outputs(const ConvPlan& plan, const ConvOperands<T>& operands, Range squares, ConvTable<T>& table) {
   const ConvSizes& sizes = plan.sizes;
-  const int64_t residual_rows = ceil_div(sizes.out_h, operands.residual_h),
-                residual_cols = ceil_div(sizes.out_w, operands.residual_w);
   table.outputs.assign(4 * squares.size(), -1);
   table.residual.assign(4 * squares.size(), nullptr);
   for (int64_t index = squares.begin; index < squares.end; ++index) {
@@ -92,11 +90,7 @@ void winograd_outputs(const ConvPlan& plan, const ConvOperands<T>& operands, Ran
       if (row >= sizes.out_h || col >= sizes.out_w) continue;
       const int64_t at = 4 * (index - squares.begin) + i;
       table.outputs[at] = ((square.image * sizes.out_h + row) * sizes.out_w + col) * sizes.K;
-      if (operands.residual != nullptr && row % operands.residual_h == 0 && col % operands.residual_w == 0) {
-        const int64_t pixel =
-            (square.image * residual_rows + row / operands.residual_h) * residual_cols + col / operands.residual_w;
-        table.residual[at] = operands.residual + pixel * sizes.K;
-      }
+      table.residual[at] = operands.residual_of(sizes, square.image, row, col);
     }
   }
 }

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from fusedres import measure
+from fusedres import freeze, fuse, measure
 from fusedres.cli import convert
 
 EVAL, TRAIN = "eval", "train"
@@ -48,7 +48,11 @@ class Peer(NamedTuple):
         return f"{', '.join(absent)} not installed" if absent else self.refuses(arch, x)
 
 
-# torch.compile, timm, torch-tensorrt
+# fused with weights declared final, torch.compile, timm, torch-tensorrt
+
+
+def _frozen(arch: str, model: nn.Module, x: Tensor) -> Run:
+    return freeze(fuse(model))
 
 
 def _compiled(**options: Any) -> Build:
@@ -233,6 +237,7 @@ def _apex(arch: str, model: nn.Module, x: Tensor) -> Run:
 _CUDA = ("cuda",)
 
 PEERS = (
+    Peer("fused, frozen", _frozen),
     Peer("torch.compile", _compiled(), modes=(EVAL, TRAIN)),
     Peer("torch.compile max-autotune", _compiled(mode="max-autotune"), modes=(EVAL, TRAIN)),
     Peer("torch.compile freezing", _compiled(options={"freezing": True})),
