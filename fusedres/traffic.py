@@ -116,7 +116,7 @@ def _reads(name: str, named: dict[str, Any]) -> list[tuple[Tensor, int]]:
     passes = _passes(name, named)
     found: list[tuple[Tensor, int]] = []
     if name == "fusedres_cpu::eval_chain" and named["packed"]:
-        named = {**named, "weights": []}  # they only tell sizes then
+        named = {**named, "weights": []}  # the packed ones are read
     for argument, value in named.items():
         for tensor in _tensors(value):
             nbytes = bytes_of(tensor)

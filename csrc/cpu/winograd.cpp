@@ -8,7 +8,8 @@ namespace {
 std::optional<WinogradAxis> winograd_axis(const GatherAxis& axis) {
   if (axis.taps.size() != 3 || axis.out_begin != 0 || axis.out_step != 1 || axis.in_step != 1) return {};
   const int64_t step = axis.offsets[1] - axis.offsets[0];
-  if (step == 0 || axis.offsets[2] - axis.offsets[1] != step) return {};
+  const bool is_one_square = axis.points <= 2 * std::abs(step);
+  if (step == 0 || axis.offsets[2] - axis.offsets[1] != step || is_one_square) return {};
   return WinogradAxis{axis.points, std::abs(step), std::min(axis.offsets[0], axis.offsets[2]), step < 0};
 }
 

@@ -41,7 +41,8 @@ struct WinogradGrid {
 };
 
 // Nothing where the gather is no 3x3 conv of stride 1, or where it would not pay: few channels leave the transforms
-// nothing to save, small maps have squares that are mostly outside.
+// nothing to save, small maps have squares that are mostly outside. Nor where a map is one square high or wide: outputs
+// of a square share their roundings, which then do not cancel in BN's sums.
 std::optional<WinogradGrid> winograd_grid(const Gather& gather, int64_t depth, int64_t channels);
 
 }  // namespace fusedres::cpu
