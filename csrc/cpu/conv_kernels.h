@@ -35,6 +35,8 @@ void conv_panels(const ConvPlan& plan, const ConvOperands<T>& operands, const Cu
   const int64_t taps = plan.gather.taps(), depth = plan.sizes.depth;
   const bool is_one_run = taps <= plan.taps_at_once && plan.runs.count == 1;
   table.sums.resize(is_one_run ? kConvTile<T> : panels.size() * tiles.count * kConvTile<T>);
+  ConvAhead<T> ahead;
+  if (operands.loose != nullptr) ahead = conv_ahead(*operands.loose, panels.end);
   int64_t tap = 0;
   do {
     const int64_t run_taps = std::min(plan.taps_at_once, taps - tap);
@@ -45,6 +47,13 @@ void conv_panels(const ConvPlan& plan, const ConvOperands<T>& operands, const Cu
         const int64_t first_row = tap * depth + channels.begin;
         const Range rows{first_row, first_row + run_taps * channels.size()};
         const T* const panel = conv_panel_rows(plan, operands, p, rows, table);
+        if (operands.loose == nullptr) {
+          const bool comes_next = p + 1 < panels.end || is_last;  // or the first panel with the next run
+          const T* const next =
+              comes_next ? panel + plan.panel_elements()
+                         : operands.packed + panels.begin * plan.panel_elements() + rows.end * kConvChannels<T>;
+          ahead = {next, next + rows.size() * kConvChannels<T>};
+        }
         const int64_t channel = p * kConvChannels<T>;
         const int64_t width = std::min(kConvChannels<T>, plan.sizes.K - channel);
         for (int64_t t = 0; t < tiles.count; ++t) {
@@ -68,7 +77,8 @@ void conv_panels(const ConvPlan& plan, const ConvOperands<T>& operands, const Cu
           const bool is_read = run_taps != 1 || !table.is_padding[t * taps + tap];
           if (is_read) {
             conv_micro_tile_of<T>(pixels.size())(inputs, run_taps, channels.begin, channels.size(), panel, sums,
-                                                 is_first, is_last && is_whole ? &finish : nullptr);
+                                                 is_first, is_last && is_whole ? &finish : nullptr,
+                                                 ahead.take(rows.size(), panel));
           } else if (is_first) {
             std::fill_n(sums, kConvTile<T>, T{0});
           }

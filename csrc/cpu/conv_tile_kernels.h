@@ -51,15 +51,39 @@ FUSEDRES_INLINE void conv_keep(Vec<T> (&acc)[kPixels][kConvVectors], T* sums, bo
   }
 }
 
+// Weights that are wanted next. The caches of a CPU follow a panel, but not from one to the next, and where few pixels
+// meet it, waiting for its first lines is much of the time: micro-tiles ask for the next while they compute.
+template <typename T>
+struct ConvAhead {
+  static constexpr int64_t kLine = 64 / sizeof(T), kSteps = 2;  // a line every two steps of the depth
+
+  const T *at = nullptr, *end = nullptr;
+
+  // From where on a micro-tile of so many steps asks; from `idle` on where all was asked for.
+  const T* take(int64_t steps, const T* idle) {
+    if (at >= end) return idle;
+    const T* const from = at;
+    at += steps / kSteps * kLine;
+    return from;
+  }
+};
+
+// The weights from panel `index` on, before they are packed.
+template <typename T>
+ConvAhead<T> conv_ahead(const LooseWeight<T>& weight, int64_t index) {
+  const T* const panel = weight.w + index * kConvChannels<T> * weight.step;
+  return {panel, panel + kConvChannels<T> * weight.step};
+}
+
 // What a register adds up: every addition rounds, and the totals of shorter sums round less.
 constexpr int64_t kLongestSum = 256;
 
 // sums (kPixels, kConvChannels) (+)= over `taps` taps and `depth` channels of each: input * panel.
 // inputs (taps, kConvPoints) point at the first channel; panel (taps, depth, kConvChannels). With `finish` the sums go
-// on to y.
+// on to y. Asks for memory from `ahead` on.
 template <typename T, int kPixels>
 void conv_micro_tile(const T* const* inputs, int64_t taps, int64_t channel, int64_t depth, const T* panel, T* sums,
-                     bool is_first, const ConvFinish<T>* finish) {
+                     bool is_first, const ConvFinish<T>* finish, const T* ahead) {
   Vec<T> acc[kPixels][kConvVectors] = {};
   int64_t added = 0;
   for (int64_t tap = 0; tap < taps; ++tap, inputs += kConvPoints) {
@@ -74,8 +98,7 @@ void conv_micro_tile(const T* const* inputs, int64_t taps, int64_t channel, int6
       }
       const int64_t end = std::min(depth, c + kLongestSum - added);
       added += end - c;
-#pragma GCC unroll 4
-      for (; c < end; ++c, panel += kConvChannels<T>) {
+      const auto step = [&]() __attribute__((always_inline)) {
         Vec<T> weights[kConvVectors];
 #pragma GCC unroll 2
         for (int j = 0; j < kConvVectors; ++j) weights[j] = load(panel + j * kLanes<T>);
@@ -85,7 +108,15 @@ void conv_micro_tile(const T* const* inputs, int64_t taps, int64_t channel, int6
 #pragma GCC unroll 2
           for (int j = 0; j < kConvVectors; ++j) acc[i][j] += value * weights[j];
         }
+        ++c;
+        panel += kConvChannels<T>;
+      };
+      for (; c + ConvAhead<T>::kSteps <= end; ahead += ConvAhead<T>::kLine) {
+        __builtin_prefetch(ahead);
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < ConvAhead<T>::kSteps; ++i) step();
       }
+      while (c < end) step();
     }
   }
   if (finish == nullptr) {
@@ -103,7 +134,8 @@ void conv_micro_tile(const T* const* inputs, int64_t taps, int64_t channel, int6
 }
 
 template <typename T>
-using ConvMicroTile = void (*)(const T* const*, int64_t, int64_t, int64_t, const T*, T*, bool, const ConvFinish<T>*);
+using ConvMicroTile = void (*)(const T* const*, int64_t, int64_t, int64_t, const T*, T*, bool, const ConvFinish<T>*,
+                               const T*);
 
 template <typename T, int kPixels = kConvPoints>
 ConvMicroTile<T> conv_micro_tile_of(int64_t pixels) {

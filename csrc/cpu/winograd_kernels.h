@@ -160,10 +160,10 @@ const T* winograd_panel(const ConvPlan& plan, const ConvOperands<T>& operands, i
   return table.panel.data();
 }
 
-// The sums of the block's squares over all inputs of one frequency: `sums` (tiles, kFrequencies, tile).
+// The sums of the block's squares over all inputs of one frequency: sums (tiles, kFrequencies, tile).
 template <typename T>
 void winograd_products(const ConvPlan& plan, const ConvTable<T>& table, const Cut& tiles, int64_t frequency,
-                       const T* panel, T* sums) {
+                       const T* panel, T* sums, ConvAhead<T>& ahead) {
   const int64_t depth = plan.sizes.depth;
   const T* const inputs = table.squares.data() + frequency * table.square_step;
   for (int64_t run = 0; run < plan.runs.count; ++run) {
@@ -175,7 +175,7 @@ void winograd_products(const ConvPlan& plan, const ConvTable<T>& table, const Cu
       conv_micro_tile_of<T>(points.size())(
           rows, 1, channels.begin, channels.size(),
           panel + frequency * plan.frequency_elements() + channels.begin * kConvChannels<T>,
-          sums + (t * kFrequencies + frequency) * kConvTile<T>, run == 0, nullptr);
+          sums + (t * kFrequencies + frequency) * kConvTile<T>, run == 0, nullptr, ahead.take(channels.size(), panel));
     }
   }
 }
@@ -194,8 +194,11 @@ void winograd_block(const ConvPlan& plan, const ConvOperands<T>& operands, int64
   table.sums.resize(tiles.count * kFrequencies * kConvTile<T>);
   for (int64_t p = panels.begin; p < panels.end; ++p) {
     const T* const panel = winograd_panel(plan, operands, p, table);
+    const T* const next = panel + plan.frequency_elements();
+    ConvAhead<T> ahead = operands.loose != nullptr ? conv_ahead(*operands.loose, p + 1)
+                                                   : ConvAhead<T>{next, next + plan.panel_elements()};
     for (int64_t frequency = 0; frequency < kFrequencies; ++frequency) {
-      winograd_products(plan, table, tiles, frequency, panel, table.sums.data());
+      winograd_products(plan, table, tiles, frequency, panel, table.sums.data(), ahead);
     }
     const int64_t channel = p * kConvChannels<T>, width = std::min(kConvChannels<T>, plan.sizes.K - channel);
     for (int64_t t = 0; t < tiles.count; ++t) {
