@@ -31,7 +31,10 @@ if TYPE_CHECKING:
 
 
 class _Entry(NamedTuple):
-    """A chain made to run, the call it serves, and what its tensors were (``_state``); no state where they are read."""
+    """A chain made to run, the calls it serves, those of any batch size, and what its tensors were (``_state``).
+
+    No state where they are read at every call.
+    """
 
     key: tuple[Any, ...]
     state: tuple[Any, ...] | None
@@ -120,7 +123,7 @@ def run(
     if torch.compiler.is_compiling() or x.is_meta:  # no bytes to be checked, nothing to be packed
         return _run_ops(_fold(spec, pairs, pool, x.dtype), x, residual)
     conv = pairs[0].conv
-    key = spec, pool, x.shape, x.dtype, x.device
+    key = spec, pool, x.shape[1:], x.dtype, x.device
     live = None if conv in _frozen else _engine(x).compile_live(_live(spec, pairs), x.dtype)
     if live is not None:
         live = _pooled(live, pool)
@@ -182,7 +185,7 @@ def remember(
     entry = _entries.get(conv)
     is_other_tensor = isinstance(shortcut, Tensor) and shortcut is not x
     # Another thread may have left an entry of its own.
-    is_ours = entry is not None and entry.key[2:] == (x.shape, x.dtype, x.device)
+    is_ours = entry is not None and entry.key[2:] == (x.shape[1:], x.dtype, x.device)
     if entry is None or not is_ours or is_other_tensor or not _may_recall(x) or _is_capturing(x):
         _recalled.pop(conv, None)
         return

@@ -174,12 +174,24 @@ def test_a_repeated_call_is_recalled_and_another_is_not(engine: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("build", [lambda: block_twins(FusedBottleneck, 8, 4, 2)[0], lambda: FusedConvBNReLU(8, 8)])
-def test_frozen_weights_are_folded_once(build: Callable[[], nn.Module]) -> None:
+def test_frozen_weights_are_folded_once_for_all_batches(build: Callable[[], nn.Module]) -> None:
     module, x = folding.freeze(build().eval()), batch(2, 8, 6, 5)
     assert forward_ops(module, x)["fusedres::bn_fold"] > 0
     assert forward_ops(module, x)["fusedres::bn_fold"] == 0
     module(batch(2, 8, 6, 5, seed=9))
     assert forward_ops(module, x)["fusedres::bn_fold"] == 0
+    assert forward_ops(module, batch(5, 8, 6, 5))["fusedres::bn_fold"] == 0
+    assert forward_ops(module, batch(2, 8, 7, 5))["fusedres::bn_fold"] > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_frozen_batches_of_any_size_take_turns(groups: int, dtype: torch.dtype, engine: str) -> None:
+    fused, eager = (m.to(dtype).eval() for m in block_twins(FusedBottleneck, 32, 8, groups=groups, base_width=128))
+    folding.freeze(fused)
+    for n in (2, 1, 5, 0, 2):
+        assert_accurate(output_results(fused, eager, batch(n, 32, 6, 5, dtype=dtype)))
 
 
 @needs_native
@@ -316,7 +328,7 @@ def test_what_a_cuda_graph_reads_stays_and_what_it_folds_is_not_kept(
 ) -> None:
     """As a capture goes, on this device; tests/gpu captures."""
     blocks = [folding.freeze(FusedBasicBlock(8, 8).eval())]
-    x, other = batch(2, 8, 6, 5), batch(3, 8, 6, 5)
+    x, other = batch(2, 8, 6, 5), batch(2, 8, 7, 5)
 
     def weights(is_captured: bool) -> weakref.ref[Callable]:
         with monkeypatch.context() as patch:

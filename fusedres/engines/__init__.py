@@ -102,7 +102,10 @@ class Engine:
         return None
 
     def compile_folded(self, chain: EvalChain[FoldedConv], x_shape: torch.Size) -> EvalRun | None:
-        """A faster way to run ``chain`` on inputs of ``x_shape`` than one ``conv_fprop`` a conv and a pool, or None."""
+        """A faster way to run ``chain`` on inputs of ``x_shape`` than one ``conv_fprop`` a conv and a pool, or None.
+
+        It serves inputs of other batch sizes as well.
+        """
         return None
 
     def __getattr__(self, op: str) -> Callable[..., Any]:

@@ -121,7 +121,7 @@ def _separate(x: Tensor, conv: FoldedConv, residual: Tensor | None, relu: bool) 
 
 
 class PackedChain:
-    """A folded chain with prepacked weights for one input shape: a oneDNN call a conv, shortcut and ReLU inside."""
+    """A folded chain, weights packed for inputs like ``x_shape``: a oneDNN call a conv, shortcut and ReLU inside."""
 
     def __init__(self, chain: EvalChain[FoldedConv], x_shape: torch.Size) -> None:
         self.chain = chain
@@ -134,7 +134,6 @@ class PackedChain:
         for conv in chain.convs:
             self.convs.append(pack(conv, shape))
             shape = self._output_shape(shape, conv)
-        self.y_shape = shape
 
     @staticmethod
     def _output_shape(x_shape: torch.Size, conv: FoldedConv) -> torch.Size:
