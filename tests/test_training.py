@@ -348,7 +348,7 @@ def test_ten_steps_on_photos_are_eagers(arch: str) -> None:
     losses = []
     for model in (fused.double().train(), eager.double().train()):
         generator, losses_of_model = torch.Generator().manual_seed(1), []
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, weight_decay=1e-4)
         for _ in range(10):
             x, target = photo_crops(8, generator)
             optimizer.zero_grad()
