@@ -340,16 +340,19 @@ def photo_crops(n: int, generator: torch.Generator) -> tuple[torch.Tensor, torch
     return x.contiguous(memory_format=torch.channels_last), which
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
-def test_ten_steps_on_photos_are_eagers(arch: str) -> None:
-    """In float64: in float32 rounding parts eager's own two layouts by up to a quarter of the loss in ten steps."""
+@pytest.mark.parametrize(("arch", "steps"), [("resnet18", 10), ("resnet50", 4)])
+def test_steps_on_photos_are_eagers(arch: str, steps: int) -> None:
+    """In float64: such steps amplify rounding a hundredfold.
+
+    In float32 eager's own two layouts part by up to a quarter of the loss in ten; ResNet-50's, even so, by 2 % in five.
+    """
     fused = networks.build(arch, num_classes=2, seed=0)
     eager, _ = networks.eager_twin(arch, fused)
     losses = []
     for model in (fused.double().train(), eager.double().train()):
         generator, losses_of_model = torch.Generator().manual_seed(1), []
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, weight_decay=1e-4)
-        for _ in range(10):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+        for _ in range(steps):
             x, target = photo_crops(8, generator)
             optimizer.zero_grad()
             loss = torch.nn.functional.cross_entropy(model(x), target)
