@@ -25,11 +25,15 @@ NUMBERS = (-1, 0, 1, 2, 3, 16, 17, 2**20, 2**30, 2**31, 2**40, 2**62, -(2**63))
 
 
 class Call(NamedTuple):
-    """One call of ``torch.ops.fusedres_cpu.<op>``; ``spoiled`` says what is wrong with it, if anything."""
+    """One call of ``torch.ops.fusedres_cpu.<op>``; ``spoiled`` says what is wrong with it, if anything.
+
+    ``refusal``: what the error must say, where one is due.
+    """
 
     op: str
     args: tuple[Any, ...]
     spoiled: tuple[str, ...] = ()
+    refusal: str = ""
 
     def run(self) -> Any:
         return getattr(torch.ops.fusedres_cpu, self.op)(*self.args)
@@ -357,7 +361,7 @@ def _beyond_memory(d: Draw) -> Call:
     """The gradient of an input whose size in bytes no 64-bit number holds."""
     (n, c), dtype, far = d.one_of((1, 5), (5, 1)), d.one_of(*CONV_FLOATS), BEYOND_MEMORY
     args = d.map((n, 3, 1, 1), dtype), d.tensor(3, c, 1, 1, dtype=dtype), far, far, [0, 0], [1, 1], None, [1, 1]
-    return Call("conv_dgrad", args, ("2: beyond memory",))
+    return Call("conv_dgrad", args, ("2: beyond memory",), "no memory holds a tensor")
 
 
 def _rows_less(d: Draw) -> Call:
