@@ -64,9 +64,8 @@ def _is_readable(t: Tensor) -> bool:
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     flat = (t.detach().resolve_neg().reshape(-1).contiguous() for t in (a, b))
-    return torch.equal(
-        *(t.as_strided(t.shape, (1,)).view(torch.uint8) for t in flat)
-    )  # a single element has any stride
+    # One element is contiguous whatever its stride is.
+    return torch.equal(*(t.as_strided(t.shape, (1,)).view(torch.uint8) for t in flat))
 
 
 def fuzz(seed: int, count: int, trace: Path | None = None) -> dict[str, Any]:
