@@ -37,7 +37,7 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "frozen norm": lambda: FrozenBatchNorm2d(WIDTH),
     "norm without statistics": lambda: nn.BatchNorm2d(WIDTH, track_running_stats=False),
     "norm without weights": lambda: nn.BatchNorm2d(WIDTH, momentum=None, affine=False),
-    "group norm": lambda: nn.GroupNorm(2, WIDTH),
+    "instance norm": lambda: nn.InstanceNorm2d(WIDTH, affine=True),  # no GroupNorm: its backward crashes in torch 2.11
     "norm with relu": lambda: timm.layers.BatchNormAct2d(WIDTH),
     "relu": lambda: nn.ReLU(),
     "relu in place": lambda: nn.ReLU(inplace=True),
