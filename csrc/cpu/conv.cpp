@@ -38,7 +38,6 @@ Tensor checked_packed(const ConvPlan& plan, const Tensor& packed, ScalarType dty
   return packed;
 }
 
-// The order of a packed weight does not depend on the input's size.
 // Scale and shift of each channel, or neither.
 template <typename T>
 struct Affine {

@@ -1,5 +1,4 @@
-// Convolution of one block of points by one block of panels, and the packing of weights into panels. Included by
-// foreach_isa.h, per instruction set.
+// Convolution of one block of points by one block of panels. Included by foreach_isa.h, per instruction set.
 
 #include "cpu/conv_pack_kernels.h"
 #include "cpu/conv_tile_kernels.h"
