@@ -9,7 +9,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from fusedres.problem import Pair
+from fusedres.problem import ConvProblem, Pair
 
 #: ``run(x, residual) -> y`` of a chain in eval; ``residual`` is None unless the chain wants a tensor.
 EvalRun = Callable[[Tensor, Tensor | None], Tensor]
@@ -63,6 +63,14 @@ class EvalChain(Generic[ConvT]):
     def all_convs(self) -> tuple[ConvT, ...]:
         """A projection's last."""
         return self.convs + (() if self.projection is None else (self.projection,))
+
+    def input_shapes(self, x_shape: torch.Size) -> list[torch.Size]:
+        """What comes into each of ``all_convs`` where ``x_shape`` comes into the chain."""
+        shapes = [x_shape]
+        for conv in self.convs:
+            problem = ConvProblem.of(shapes[-1], conv.w, conv.stride, conv.padding, conv.dilation, conv.groups)
+            shapes.append(torch.Size((problem.N, problem.K, problem.P, problem.Q)))
+        return shapes[:-1] + ([] if self.projection is None else [x_shape])
 
 
 class Engine:

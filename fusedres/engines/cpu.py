@@ -17,7 +17,7 @@ from fusedres import native, reference
 from fusedres.engines import Engine, EvalChain, EvalRun, FoldedConv, LiveConv
 from fusedres.engines.onednn import PackedChain, onednn_conv, onednn_reason
 from fusedres.layout import add_on_grid_, channels_last, no_sums
-from fusedres.problem import ConvProblem, as_pair, is_plain_gemm
+from fusedres.problem import as_pair, is_plain_gemm
 
 kernels = torch.ops.fusedres_cpu
 
@@ -89,7 +89,11 @@ class CPUEngine(Engine):
             return None
         convs = chain.all_convs
         if all(_is_native(conv.w, conv.groups) for conv in convs):
-            packed = _packed(chain, x_shape)
+            sizes = [shape[2:] for shape in chain.input_shapes(x_shape)]
+            packed = [
+                kernels.conv_pack(conv.w, size, conv.stride, conv.padding, conv.dilation)
+                for conv, size in zip(convs, sizes, strict=True)
+            ]
             return _native_chain(chain, [(conv.bias, *[None] * 4) for conv in convs], [0.0] * len(convs), packed)
         return PackedChain(chain, x_shape)
 
@@ -241,18 +245,6 @@ def _native_chain(
         return kernels.eval_chain(x, residual, weights, packed, flat, all_eps, geometry, *flags)
 
     return run
-
-
-def _packed(chain: EvalChain[FoldedConv], x_shape: torch.Size) -> list[Tensor]:
-    """The weights of all convs, each as it is read for inputs of the chain of ``x_shape``."""
-    packed, shape = [], x_shape
-    for conv in chain.all_convs:
-        size = (x_shape if conv is chain.projection else shape)[2:]
-        geometry = conv.stride, conv.padding, conv.dilation
-        packed.append(kernels.conv_pack(conv.w, size, *geometry))
-        problem = ConvProblem.of(shape, conv.w, *geometry)
-        shape = torch.Size((problem.N, problem.K, problem.P, problem.Q))
-    return packed
 
 
 def _is_dense(vector: Tensor, dtype: torch.dtype) -> bool:

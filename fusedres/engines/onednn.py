@@ -17,7 +17,6 @@ from torch import Tensor
 
 from fusedres import native
 from fusedres.engines import EvalChain, FoldedConv
-from fusedres.problem import ConvProblem
 
 _mkldnn = torch.ops.mkldnn
 
@@ -128,17 +127,8 @@ class PackedChain:
         self.finite_max = torch.finfo(chain.convs[0].w.dtype).max
         self.gains = [conv_gain(conv) for conv in chain.convs]
         self.projection_gain = conv_gain(chain.projection) if chain.projection else (0.0, 0.0)
-        self.projection = pack(chain.projection, x_shape) if chain.projection else None
-        self.convs = []
-        shape = x_shape
-        for conv in chain.convs:
-            self.convs.append(pack(conv, shape))
-            shape = self._output_shape(shape, conv)
-
-    @staticmethod
-    def _output_shape(x_shape: torch.Size, conv: FoldedConv) -> torch.Size:
-        problem = ConvProblem.of(x_shape, conv.w, *conv[2:])
-        return torch.Size((problem.N, problem.K, problem.P, problem.Q))
+        self.convs = [pack(*each) for each in zip(chain.all_convs, chain.input_shapes(x_shape), strict=True)]
+        self.projection = self.convs.pop() if chain.projection else None
 
     def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
         if not self._is_bounded(x, residual):
