@@ -37,6 +37,8 @@ _library = torch.library.Library("fusedres", "DEF")
 
 #: Every op, by its name.
 OPS: dict[str, OpOverload] = {}
+#: What each op calls, whatever the device.
+IMPLEMENTATIONS: dict[OpOverload, Callable[..., Any]] = {}
 
 
 def _register(schema: str) -> Callable[[Callable], Callable]:
@@ -48,7 +50,8 @@ def _register(schema: str) -> Callable[[Callable], Callable]:
         op = getattr(torch.ops.fusedres, name).default
         written = [i for i, argument in enumerate(op._schema.arguments) if argument.is_write]
         call = dispatch.caller(name)
-        _library.impl(name, _versioned(call, written) if written else call, "CompositeExplicitAutograd")
+        IMPLEMENTATIONS[op] = _versioned(call, written) if written else call
+        _library.impl(name, IMPLEMENTATIONS[op], "CompositeExplicitAutograd")
         torch.library.register_fake(f"fusedres::{name}", fake, lib=_library)
         OPS[name] = op
         return op

@@ -6,13 +6,15 @@ exactly which kernels, arguments and constants it would use, without a GPU and w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fusedres import replay
 from fusedres.kernels.configs import Tile
 from fusedres.kernels.tile import INTERPRETED
 from fusedres.problem import ConvProblem
@@ -38,9 +40,12 @@ class Launch(NamedTuple):
 
 _recorded: list[Launch] | None = None
 
-#: Compiled kernels and their trailing constants, by everything that Triton would look at to find them. Its own look
-#: takes most of a small launch's time.
-_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+#: What launches a kernel again, called with its arguments and then these constants.
+Again = tuple[Callable[..., None], tuple[Any, ...]]
+
+#: Compiled kernels, by everything that Triton would look at to find them. Its own look takes most of a small launch's
+#: time.
+_compiled: dict[tuple[Any, ...], Again] = {}
 _MOST_COMPILED = 1 << 14
 
 
@@ -60,19 +65,54 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> Non
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, args, constants))
         return
-    if INTERPRETED.value:
-        kernel[grid](*args, **constants)
+    recorder = replay.recorder()
+    if recorder is None:
+        _launch(kernel, grid, args, constants)
         return
-    key = (kernel.fn, args[0].get_device(), *map(_specialisation, args), *constants.values())
+    with recorder.paused():  # the interpreter calls ops of its own
+        launch, constexprs = _launch(kernel, grid, args, constants)
+    tensors = tuple(arg for arg in args if isinstance(arg, Tensor))
+    recorder.note(_again(launch, (*args, *constexprs), tensors[0]), tensors, {})
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> Again:
+    """Launch ``kernel``, past Triton's own look for it where it was launched before."""
+    if INTERPRETED.value:
+        launch = functools.partial(kernel[grid], **constants)
+        launch(*args)
+        return launch, ()
+    key = (kernel.fn, args[0].get_device(), grid, *map(_specialisation, args), *constants.values())
     again = _compiled.get(key)
     if again is not None:
-        compiled, constexprs = again
-        compiled[grid + (1,) * (3 - len(grid))](*args, *constexprs)
-        return
+        launch, constexprs = again
+        launch(*args, *constexprs)
+        return again
     compiled = kernel[grid](*args, **constants)
     if len(_compiled) >= _MOST_COMPILED:  # sizes that never come again
         _compiled.clear()
-    _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(args) :])
+    constexprs = tuple(constants[name] for name in kernel.arg_names[len(args) :])
+    _compiled[key] = again = compiled[grid + (1,) * (3 - len(grid))], constexprs
+    return again
+
+
+def _again(launch: Callable[..., None], args: Sequence[Any], first: Tensor) -> Callable[..., None]:
+    """``launch(*args)`` as a function of the tensors among them alone, in order."""
+    at = [i for i, arg in enumerate(args) if isinstance(arg, Tensor)]
+    others = [None if i in at else arg for i, arg in enumerate(args)]
+    is_compiled, device = first.is_cuda, first.get_device()
+
+    def launch_again(*tensors: Tensor) -> None:
+        again = others.copy()
+        if is_compiled:  # addresses spare Triton's launcher a question to the driver for each tensor
+            for i, t in zip(at, tensors, strict=True):
+                again[i] = t.data_ptr()
+            launch(*again, stream=torch._C._cuda_getCurrentRawStream(device))
+        else:
+            for i, t in zip(at, tensors, strict=True):
+                again[i] = t
+            launch(*again)
+
+    return launch_again
 
 
 def _specialisation(arg: Any) -> Any:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -25,15 +24,32 @@ from fusedres.problem import Pair
 from fusedres.specs import ChainSpec, UnitTensors
 
 
-class ChainBackward:
+def chain_backward(
+    spec: ChainSpec,
+    needs: ChainNeeds,
+    input_size: torch.Size,
+    dtypes: tuple[ParameterDtypes, ...],
+    dy: Tensor,
+    *saved: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, of the residual, and of the tensors of every unit in order, from that of the output and what the
+    forward saved."""
+    return tuple(_ChainBackward(spec, needs, input_size, dtypes, saved).run(dy))
+
+
+class _ChainBackward:
     """Backward of one chain. ``g`` is always a masked gradient at a BN output, ``sums`` that BN's two sums."""
 
-    def __init__(self, ctx: Any) -> None:
-        self.spec: ChainSpec = ctx.spec
-        self.needs: ChainNeeds = ctx.needs
-        self.input_size: torch.Size = ctx.input_size
-        self.dtypes: tuple[ParameterDtypes, ...] = ctx.dtypes
-        self.x, self.y, *rest = ctx.saved_tensors
+    def __init__(
+        self,
+        spec: ChainSpec,
+        needs: ChainNeeds,
+        input_size: torch.Size,
+        dtypes: tuple[ParameterDtypes, ...],
+        saved: Sequence[Tensor | None],
+    ) -> None:
+        self.spec, self.needs, self.input_size, self.dtypes = spec, needs, input_size, dtypes
+        self.x, self.y, *rest = saved
         self.specs = [*self.spec.units, *([self.spec.projection] if self.spec.projection else [])]
         count = len(self.specs)
         self.weights, self.conv_biases, rest = rest[: 2 * count : 2], rest[1 : 2 * count : 2], rest[2 * count :]
@@ -42,7 +58,7 @@ class ChainBackward:
         self.gradients: list[tuple[Tensor | None, ...]] = [() for _ in self.specs]
 
     def run(self, dy: Tensor) -> Iterator[Tensor | None]:
-        """Gradients of x, of the residual, and of the tensors of every unit in order."""
+        """As ``chain_backward`` returns them."""
         dy = channels_last(dy)
         self._restore()
         main = self._stored(len(self.spec.units) - 1)

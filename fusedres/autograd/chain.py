@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedres import autocast, dispatch, ops
-from fusedres.autograd.backward import ChainBackward
+from fusedres import autocast, dispatch, ops, replay
+from fusedres.autograd.backward import chain_backward
 from fusedres.autograd.needs import ChainNeeds, Kept, UnitNeeds
 from fusedres.autograd.once import refuse_followers
 from fusedres.autograd.unit import (
@@ -32,9 +32,12 @@ def chain(
     """Run a chain differentiably: ``x`` (N, C, H, W) -> (N, K, P, Q), both channels_last."""
     tensors = [*units, *([projection] if projection else [])]
     needs = ChainNeeds.of(spec, x, residual, tensors)
+    flat = [t for unit in tensors for t in unit]
     if not needs.any:
-        return _forward(spec, needs, x, residual, tensors)[0]
-    return ChainFunction.apply(spec, needs, x, residual, *(t for unit in tensors for t in unit))[0]
+        y = replay.call(_forward, (spec, needs), (x, residual, *flat))[0]
+        assert y is not None
+        return y
+    return ChainFunction.apply(spec, needs, x, residual, *flat)[0]
 
 
 class ClosedUnit(NamedTuple):
@@ -65,10 +68,10 @@ def _projection(spec: ChainSpec, needs: UnitNeeds, t: UnitTensors, x: Tensor) ->
 
 
 def _forward(
-    spec: ChainSpec, needs: ChainNeeds, x: Tensor, residual: Tensor | None, tensors: list[UnitTensors]
-) -> tuple[Tensor, list[Saved]]:
-    """The chain's output, and what each unit (the projection last) saves."""
-    saved = []
+    spec: ChainSpec, needs: ChainNeeds, x: Tensor, residual: Tensor | None, *flat: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The chain's output, and what each unit (the projection last) keeps for backward."""
+    tensors, saved = unit_tensors(flat), []
     a = Operand(x, None)
     for unit, t in zip(spec.units[:-1], tensors, strict=False):
         z, bn = stored_unit(unit, t, a)
@@ -84,7 +87,7 @@ def _forward(
     saved.append(last)
     if spec.residual == "projection":
         saved.append(projection_saved)
-    return y, saved
+    return y, *(t for unit in map(_keep, needs.units, needs.kept, saved) for t in unit)
 
 
 def _last_unit(
@@ -128,8 +131,7 @@ class ChainFunction(torch.autograd.Function):
     def forward(
         spec: ChainSpec, needs: ChainNeeds, x: Tensor, residual: Tensor | None, *flat: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        y, saved = _forward(spec, needs, x, residual, unit_tensors(flat))
-        return y, *(t for unit in map(_keep, needs.units, needs.kept, saved) for t in unit)
+        return replay.call(_forward, (spec, needs), (x, residual, *flat))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
@@ -148,4 +150,5 @@ class ChainFunction(torch.autograd.Function):
         if dy is None:
             return (None,) * len(ctx.needs_input_grad)
         with dispatch.as_in_forward(ctx.spec.engine), autocast.suspended(dy.device.type):
-            return None, None, *ChainBackward(ctx).run(dy)
+            settings = ctx.spec, ctx.needs, ctx.input_size, ctx.dtypes
+            return None, None, *replay.call(chain_backward, settings, (dy, *ctx.saved_tensors))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedres import autocast, dispatch, ops
+from fusedres import autocast, dispatch, ops, replay
 from fusedres.autograd.needs import UnitNeeds
 from fusedres.autograd.once import refuse_followers
 from fusedres.autograd.unit import (
@@ -27,11 +27,15 @@ def stem_chain(unit: UnitSpec, pool: PoolSpec, x: Tensor, t: UnitTensors) -> Ten
     """Run the stem differentiably: ``x`` (N, C, H, W) -> (N, K, P, Q) after pooling, both channels_last."""
     needs = UnitNeeds.of(t, torch.is_grad_enabled() and x.requires_grad)
     if not needs.any:
-        return _forward(unit, pool, x, t)[0]
+        y = replay.call(_forward, (unit, pool), (x, *t))[0]
+        assert y is not None
+        return y
     return StemFunction.apply(unit, needs, pool, dispatch.forced(), x, *t)[0]
 
 
-def _forward(unit: UnitSpec, pool: PoolSpec, x: Tensor, t: UnitTensors) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _forward(unit: UnitSpec, pool: PoolSpec, x: Tensor, *flat: Tensor | None) -> tuple[Tensor | None, ...]:
+    """(y, tap, z, bn)."""
+    (t,) = unit_tensors(flat)
     z, bn = stored_unit(unit, t, Operand(x, None))
     return *ops.bn_relu_maxpool(z, bn, *pool), z, bn
 
@@ -51,14 +55,42 @@ def _output_gradient(
     return ops.dbn(scaled, z, unscaled, rows.scale * mean_sums(sums, pixels(z), unit.sync), 1.0), sums
 
 
+def _backward(
+    unit: UnitSpec,
+    needs: UnitNeeds,
+    pool: PoolSpec,
+    input_size: torch.Size,
+    kernel_size: torch.Size,
+    dtypes: ParameterDtypes,
+    dy: Tensor,
+    x: Tensor | None,
+    w: Tensor | None,
+    tap: Tensor,
+    z: Tensor,
+    bn: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of ``x`` and of the unit's tensors."""
+    dz, sums = _output_gradient(unit, pool, dy, tap, z, bn)
+    lazy = (dz, None, None, None, 0.0)
+    dw = dx = None
+    if needs.w:
+        assert x is not None
+        dw = ops.conv_wgrad(*lazy, x, None, kernel_size, *unit.conv)
+    if needs.input:
+        assert w is not None
+        dx, _ = ops.conv_dgrad(*lazy, w, input_size, *unit.conv, None, (1, 1), None, None)
+    gradients = parameter_gradients(unit, needs, bn, dw, sums, dtypes)
+    return dx, *gradients, *(None,) * (len(UnitTensors._fields) - len(gradients))
+
+
 class StemFunction(torch.autograd.Function):
     """``apply(unit, needs, pool, engine, x, *unit tensors) -> (y, tap, z, bn)``; the last three are for backward."""
 
     @staticmethod
     def forward(
         unit: UnitSpec, needs: UnitNeeds, pool: PoolSpec, engine: str | None, x: Tensor, *flat: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return _forward(unit, pool, x, *unit_tensors(flat))
+    ) -> tuple[Tensor | None, ...]:
+        return replay.call(_forward, (unit, pool), (x, *flat))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -75,14 +107,6 @@ class StemFunction(torch.autograd.Function):
         refuse_followers()
         if dy is None:
             return (None,) * len(ctx.needs_input_grad)
-        x, w, tap, z, bn = ctx.saved_tensors
-        unit, needs = ctx.unit, ctx.needs
+        settings = ctx.unit, ctx.needs, ctx.pool, ctx.input_size, ctx.kernel_size, ctx.dtypes
         with dispatch.as_in_forward(ctx.engine), autocast.suspended(dy.device.type):
-            dz, sums = _output_gradient(unit, ctx.pool, dy, tap, z, bn)
-            lazy = (dz, None, None, None, 0.0)
-            dw = ops.conv_wgrad(*lazy, x, None, ctx.kernel_size, *unit.conv) if needs.w else None
-            dx = None
-            if needs.input:
-                dx, _ = ops.conv_dgrad(*lazy, w, ctx.input_size, *unit.conv, None, (1, 1), None, None)
-        gradients = parameter_gradients(unit, needs, bn, dw, sums, ctx.dtypes)
-        return *(None,) * 4, dx, *gradients, *(None,) * (len(UnitTensors._fields) - len(gradients))
+            return *(None,) * 4, *replay.call(_backward, settings, (dy, *ctx.saved_tensors))

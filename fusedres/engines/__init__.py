@@ -84,6 +84,8 @@ class Engine:
     #: FLOPs that take as long as a byte of memory traffic. They decide which widening pointwise convs run without
     #: storing their output, through the ``pointwise_*`` ops: more arithmetic, less traffic. 0: none.
     flops_per_byte: int = 100
+    #: Whether what its chains call is recorded and replayed (``fusedres.replay``): where the host would be late.
+    replays: bool = False
 
     def rejects(self, op: str, device_type: str, dtype: torch.dtype) -> str | None:
         """Why this engine does not compute ``op`` for such tensors, or None if it does."""

@@ -34,6 +34,7 @@ class CuDNNEngine(Engine):
     """See the module's docstring."""
 
     name = "cudnn"
+    replays = True
 
     def rejects(self, op: str, device_type: str, dtype: torch.dtype) -> str | None:
         reason = TRITON.rejects("conv_fprop" if op in _PRODUCTS else op, device_type, dtype)

@@ -44,6 +44,7 @@ class TritonEngine(Engine):
     name = "triton"
     fuses_prologue = True
     flops_per_byte = 0
+    replays = True
 
     @functools.cached_property
     def missing(self) -> str | None:  # type: ignore[override]  # asked for, it may import Triton
