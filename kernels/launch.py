@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton import knobs
 
 from fusedres import replay
 from fusedres.kernels.configs import Tile
@@ -40,12 +41,9 @@ class Launch(NamedTuple):
 
 _recorded: list[Launch] | None = None
 
-#: What launches a kernel again, called with its arguments and then these constants.
-Again = tuple[Callable[..., None], tuple[Any, ...]]
-
-#: Compiled kernels, by everything that Triton would look at to find them. Its own look takes most of a small launch's
-#: time.
-_compiled: dict[tuple[Any, ...], Again] = {}
+#: What launches a compiled kernel, by everything that Triton would look at to find it. Its own look takes most of a small
+#: launch's time.
+_compiled: dict[tuple[Any, ...], Callable[..., None]] = {}
 _MOST_COMPILED = 1 << 14
 
 
@@ -70,49 +68,42 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> Non
         _launch(kernel, grid, args, constants)
         return
     with recorder.paused():  # the interpreter calls ops of its own
-        launch, constexprs = _launch(kernel, grid, args, constants)
-    tensors = tuple(arg for arg in args if isinstance(arg, Tensor))
-    recorder.note(_again(launch, (*args, *constexprs), tensors[0]), tensors, {})
+        launch = _launch(kernel, grid, args, constants)
+    recorder.launch(launch, args, not INTERPRETED.value)
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> Again:
-    """Launch ``kernel``, past Triton's own look for it where it was launched before."""
+def _launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> Callable[..., None]:
+    """Launch ``kernel``, past Triton's own look for it where it was launched before. Returns what does so again."""
     if INTERPRETED.value:
         launch = functools.partial(kernel[grid], **constants)
         launch(*args)
-        return launch, ()
+        return launch
     key = (kernel.fn, args[0].get_device(), grid, *map(_specialisation, args), *constants.values())
     again = _compiled.get(key)
     if again is not None:
-        launch, constexprs = again
-        launch(*args, *constexprs)
+        again(*args)
         return again
     compiled = kernel[grid](*args, **constants)
     if len(_compiled) >= _MOST_COMPILED:  # sizes that never come again
         _compiled.clear()
     constexprs = tuple(constants[name] for name in kernel.arg_names[len(args) :])
-    _compiled[key] = again = compiled[grid + (1,) * (3 - len(grid))], constexprs
-    return again
+    _compiled[key] = _direct(compiled, grid + (1,) * (3 - len(grid)), constexprs, args[0].get_device())
+    return _compiled[key]
 
 
-def _again(launch: Callable[..., None], args: Sequence[Any], first: Tensor) -> Callable[..., None]:
-    """``launch(*args)`` as a function of the tensors among them alone, in order."""
-    at = [i for i, arg in enumerate(args) if isinstance(arg, Tensor)]
-    others = [None if i in at else arg for i, arg in enumerate(args)]
-    is_compiled, device = first.is_cuda, first.get_device()
+def _direct(compiled: Any, grid: tuple[int, ...], constexprs: tuple[Any, ...], device: int) -> Callable[..., None]:
+    """What ``compiled[grid]`` does, on the current stream, less what it prepares for hooks when there are none."""
+    hooked, run, function, metadata = compiled[grid], compiled.run, compiled.function, compiled.packed_metadata
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    current_stream = torch._C._cuda_getCurrentRawStream
 
-    def launch_again(*tensors: Tensor) -> None:
-        again = others.copy()
-        if is_compiled:  # addresses spare Triton's launcher a question to the driver for each tensor
-            for i, t in zip(at, tensors, strict=True):
-                again[i] = t.data_ptr()
-            launch(*again, stream=torch._C._cuda_getCurrentRawStream(device))
+    def launch(*args: Any) -> None:
+        if enter.calls or leave.calls:
+            hooked(*args, *constexprs)
         else:
-            for i, t in zip(at, tensors, strict=True):
-                again[i] = t
-            launch(*again)
+            run(*grid, current_stream(device), function, metadata, None, None, None, *args, *constexprs)
 
-    return launch_again
+    return launch
 
 
 def _specialisation(arg: Any) -> Any:

@@ -147,7 +147,10 @@ class _ChainBackward:
 
     def _closed_backward(self, i: int, g: Tensor, sum_g: Tensor) -> tuple[Tensor | None, Tensor]:
         """(the gradient of the unit's input or None, the sums of the BN before it)."""
-        a, (bn, _, moments), w, unit = self._operand(i), self.saved[i], self.weights[i], self.specs[i]
+        (bn, _, moments), w, unit = self.saved[i], self.weights[i], self.specs[i]
+        a = self._operand(i)
+        if self.needs.units[i].input:  # both products read it
+            a = materialise(a)
         assert bn is not None
         assert moments is not None
         assert w is not None
@@ -156,8 +159,7 @@ class _ChainBackward:
         self._record(i, dw, sums)
         if not self.needs.units[i].input:
             return None, sums
-        previous = (a.x, a.bn) if a.bn is not None else (None, None)
-        return ops.pointwise_dgrad(g, a.x, a.bn, moments, w, bn, sums, count, unit.stride, *previous)
+        return ops.pointwise_dgrad(g, a.x, a.bn, moments, w, bn, sums, count, unit.stride, *self._previous(i))
 
     def _stored_backward(
         self,
