@@ -137,12 +137,12 @@ def chosen_toolkit() -> tuple[Path | None, str | None]:
 
 
 def native_library(with_cuda: bool) -> Extension:
-    """The extension ``fusedres._native``: csrc/cpu, and csrc/cuda where it can be built."""
+    """The extension ``fusedres._native``: csrc and csrc/cpu, and csrc/cuda where it can be built."""
     from torch.utils import cpp_extension
 
     sanitize = SANITIZE_FLAGS if flag("FUSEDRES_SANITIZE") else ()
     defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", *(["-DUSE_CUDA"] if with_cuda else [])]
-    patterns = ["csrc/registration.cpp", "csrc/cpu/*.cpp", *(["csrc/cuda/*.cu"] if with_cuda else [])]
+    patterns = ["csrc/*.cpp", "csrc/cpu/*.cpp", *(["csrc/cuda/*.cu"] if with_cuda else [])]
     options: dict[str, Any] = {
         "name": "fusedres._native",
         "sources": [source for pattern in patterns for source in sources(pattern)],

@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fusedres import ops
+from fusedres import launches, ops
+from fusedres.launches import Launch, Place
 
 aten = torch.ops.aten
 
@@ -42,50 +43,6 @@ class Known(NamedTuple):
     root: fx.Node
     root_address: int
     root_dtype: torch.dtype
-
-
-class Place(NamedTuple):
-    """Where an argument of a launch lies: which argument it is, and what it is of its root."""
-
-    argument: int
-    offset: int  # bytes
-    dtype: torch.dtype
-    size: torch.Size
-    stride: tuple[int, ...]
-
-    def of(self, root: Tensor) -> Tensor:
-        """The argument as a tensor."""
-        empty = torch.empty(0, dtype=self.dtype, device=root.device)
-        start = (root.storage_offset() * root.itemsize + self.offset) // empty.itemsize
-        return empty.set_(root.untyped_storage(), start, self.size, self.stride)
-
-
-class Launch:
-    """``function(*args)``, with its tensors given by their addresses or, interpreted, as they are."""
-
-    def __init__(self, function: Callable[..., None], args: Sequence[Any], by_address: bool) -> None:
-        self.function, self.by_address = function, by_address
-        self.others = [None if isinstance(arg, Tensor) else arg for arg in args]
-        self.places: list[Place] = []
-
-    def bound(self) -> Callable[..., None]:
-        """The launch as a function of the roots of its tensors."""
-        function, others, places = self.function, self.others, tuple(self.places)
-        offsets = tuple((place.argument, place.offset) for place in places)
-
-        def launch(*roots: Tensor) -> None:
-            args = others.copy()
-            for (i, offset), root in zip(offsets, roots, strict=True):
-                args[i] = root.data_ptr() + offset
-            function(*args)
-
-        def launch_on_tensors(*roots: Tensor) -> None:
-            args = others.copy()
-            for place, root in zip(places, roots, strict=True):
-                args[place.argument] = place.of(root)
-            function(*args)
-
-        return launch if self.by_address else launch_on_tensors
 
 
 class Recorder(TorchDispatchMode):
@@ -129,16 +86,15 @@ class Recorder(TorchDispatchMode):
         """Within this context nothing is noted, whatever is called."""
         return torch._C._DisableTorchDispatch()  # type: ignore[no-any-return]
 
-    def launch(self, function: Callable[..., None], args: Sequence[Any], by_address: bool) -> None:
-        """Note that ``function(*args)`` launched a kernel; ``by_address``: it takes addresses in place of tensors."""
-        launch, roots = Launch(function, args, by_address), []
-        for i, t in enumerate(args):
-            if _is_tensor(t):
-                known = self._look_up(t)
-                if known is None:
-                    return
-                roots.append(known.root)
-                launch.places.append(Place(i, t.data_ptr() - known.root_address, t.dtype, t.shape, t.stride()))
+    def launch(self, launch: Launch, tensors: Sequence[tuple[int, Tensor]]) -> None:
+        """Note ``launch``, with each tensor among its arguments and at which place it stands."""
+        roots = []
+        for i, t in tensors:
+            known = self._look_up(t)
+            if known is None:
+                return
+            roots.append(known.root)
+            launch.places.append(Place(i, t.data_ptr() - known.root_address, t.dtype, t.shape, t.stride()))
         node = self._graph.call_function(launch.bound, tuple(roots), name="launch")  # bound where all is known
         self._launches[node] = launch
 
@@ -151,8 +107,7 @@ class Recorder(TorchDispatchMode):
             return None
         self._graph.eliminate_dead_code(self._is_impure)
         self._share_allocation()
-        for node, launch in self._launches.items():
-            node.target = launch.bound()
+        self._bind_launches()
         return fx.GraphModule(nn.Module(), self._graph).forward
 
     def _call(self, function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> fx.Node:
@@ -226,6 +181,32 @@ class Recorder(TorchDispatchMode):
                     if root is node:
                         places[i] = places[i]._replace(offset=places[i].offset + offset)
                 user.replace_input_with(node, shared)
+            self._graph.erase_node(node)
+
+
+    def _bind_launches(self) -> None:
+        """Make each list of native launches between which nothing is computed one call, and any other launch its own."""
+        together: list[fx.Node] = []
+        for node in list(self._graph.nodes):
+            launch = self._launches.get(node)
+            if launch is not None and launch.is_native:
+                together.append(node)
+            elif launch is not None or node.target not in (torch.empty_strided, torch.as_strided):
+                self._bind(together)
+                together = []
+            if launch is not None and not launch.is_native:
+                node.target = launch.bound()
+
+    def _bind(self, nodes: list[fx.Node]) -> None:
+        """One call for these launches, where the last of them is."""
+        if not nodes:
+            return
+        roots = list(dict.fromkeys(root for node in nodes for root in node.args))
+        places = [[roots.index(root) for root in node.args] for node in nodes]
+        function = launches.bound([self._launches[node] for node in nodes], places, len(roots), self._device.index)
+        with self._graph.inserting_before(nodes[-1]):
+            self._graph.call_function(function, tuple(roots), name="launch")
+        for node in nodes:
             self._graph.erase_node(node)
 
 

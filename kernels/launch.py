@@ -7,15 +7,14 @@ exactly which kernels, arguments and constants it would use, without a GPU and w
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from triton import knobs
 
-from fusedres import replay
+from fusedres import launches, replay
 from fusedres.kernels.configs import Tile
 from fusedres.kernels.tile import INTERPRETED
 from fusedres.problem import ConvProblem
@@ -41,9 +40,9 @@ class Launch(NamedTuple):
 
 _recorded: list[Launch] | None = None
 
-#: What launches a compiled kernel, by everything that Triton would look at to find it. Its own look takes most of a small
-#: launch's time.
-_compiled: dict[tuple[Any, ...], Callable[..., None]] = {}
+#: Compiled kernels, by everything that Triton would look at to find them. Its own look takes most of a small launch's
+#: time.
+_compiled: dict[tuple[Any, ...], _Compiled] = {}
 _MOST_COMPILED = 1 << 14
 
 
@@ -68,42 +67,40 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> Non
         _launch(kernel, grid, args, constants)
         return
     with recorder.paused():  # the interpreter calls ops of its own
-        launch = _launch(kernel, grid, args, constants)
-    recorder.launch(launch, args, not INTERPRETED.value)
+        again = _launch(kernel, grid, args, constants)
+    described = None if INTERPRETED.value else launches.Kernel.of(again.compiled, kernel.arg_names, again.grid)
+    tensors = [(i, arg) for i, arg in enumerate(args) if isinstance(arg, Tensor)]
+    recorder.launch(launches.Launch(again, described, args, by_address=not INTERPRETED.value), tensors)
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> Callable[..., None]:
-    """Launch ``kernel``, past Triton's own look for it where it was launched before. Returns what does so again."""
+class _Compiled:
+    """A kernel that Triton has compiled, on a grid: launched without its look for it."""
+
+    def __init__(self, compiled: Any, grid: tuple[int, ...], constexprs: tuple[Any, ...]) -> None:
+        self.compiled, self.grid = compiled, grid + (1,) * (3 - len(grid))
+        self._run, self._constexprs = compiled[self.grid], constexprs
+
+    def __call__(self, *args: Any) -> None:
+        self._run(*args, *self._constexprs)
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> Any:
+    """Launch ``kernel``. Returns what does so again."""
     if INTERPRETED.value:
-        launch = functools.partial(kernel[grid], **constants)
-        launch(*args)
-        return launch
+        interpreted = functools.partial(kernel[grid], **constants)
+        interpreted(*args)
+        return interpreted
     key = (kernel.fn, args[0].get_device(), grid, *map(_specialisation, args), *constants.values())
     again = _compiled.get(key)
-    if again is not None:
+    if again is None:
+        compiled = kernel[grid](*args, **constants)
+        if len(_compiled) >= _MOST_COMPILED:  # sizes that never come again
+            _compiled.clear()
+        constexprs = tuple(constants[name] for name in kernel.arg_names[len(args) :])
+        again = _compiled[key] = _Compiled(compiled, grid, constexprs)
+    else:
         again(*args)
-        return again
-    compiled = kernel[grid](*args, **constants)
-    if len(_compiled) >= _MOST_COMPILED:  # sizes that never come again
-        _compiled.clear()
-    constexprs = tuple(constants[name] for name in kernel.arg_names[len(args) :])
-    _compiled[key] = _direct(compiled, grid + (1,) * (3 - len(grid)), constexprs, args[0].get_device())
-    return _compiled[key]
-
-
-def _direct(compiled: Any, grid: tuple[int, ...], constexprs: tuple[Any, ...], device: int) -> Callable[..., None]:
-    """What ``compiled[grid]`` does, on the current stream, less what it prepares for hooks when there are none."""
-    hooked, run, function, metadata = compiled[grid], compiled.run, compiled.function, compiled.packed_metadata
-    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    current_stream = torch._C._cuda_getCurrentRawStream
-
-    def launch(*args: Any) -> None:
-        if enter.calls or leave.calls:
-            hooked(*args, *constexprs)
-        else:
-            run(*grid, current_stream(device), function, metadata, None, None, None, *args, *constexprs)
-
-    return launch
+    return again
 
 
 def _specialisation(arg: Any) -> Any:
