@@ -111,7 +111,7 @@ def test_another_problem_gets_its_own_program(device: str) -> None:
     module = block("bottleneck", device).half()
     x = images("bottleneck", device)
     with fusedres.engine("triton"):
-        for y in (x, x, x, x[:2], x[:2], x[:2]):
+        for y in (x, x, x, x[:1], x[:1], x[:1]):
             results(module, y)
         assert len(programs()) == 4
         module.bn1.momentum = 0.5  # a setting that is no tensor's
