@@ -133,7 +133,7 @@ def residual_chain(
         if is_folded:
             y = folding.run(spec, x, given, convs)
         else:
-            tensors = [_cast(unit_tensors(p), x.dtype) for p in convs]
+            tensors = [unit_tensors(p) for p in convs]
             y = chain(spec, x, given, tensors[: len(pairs)], tensors[-1] if projection else None)
     if is_folded and x is x_format:
         folding.remember(x, pairs, shortcut, relu, activations)
@@ -172,11 +172,6 @@ def _entering(x: Tensor) -> Tensor:
 def _leaving(y: Tensor, like: Tensor) -> Tensor:
     """``y`` in the memory format that eager would give it: contiguous where the input was, else channels_last."""
     return y if like.is_contiguous(memory_format=torch.channels_last) else y.contiguous()
-
-
-def _cast(t: UnitTensors, dtype: torch.dtype) -> UnitTensors:
-    """Conv parameters in the compute dtype, as autocast casts them; BN's stay as they are."""
-    return t._replace(w=t.w.to(dtype), conv_bias=None if t.conv_bias is None else t.conv_bias.to(dtype))
 
 
 def _check(
@@ -258,7 +253,7 @@ def stem(x: Tensor, conv: nn.Conv2d, bn: nn.Module, relu: nn.Module, maxpool: nn
     with autocast.suspended(x.device.type):
         spec = ChainSpec((unit,), None, "none", True, "standard")
         if not folding.serves(spec, entering, None, [pair]):
-            return stem_chain(unit, pool, entering, _cast(unit_tensors(pair), entering.dtype))
+            return stem_chain(unit, pool, entering, unit_tensors(pair))
         y = folding.run(spec, entering, None, [pair], pool)
     if entering is x:
         folding.remember(x, [pair], None, True, activations)

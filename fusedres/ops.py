@@ -202,6 +202,12 @@ def bn_fold(w: Tensor, bias: Tensor | None, bn: Tensor) -> tuple[Tensor, Tensor]
     return torch.empty_like(w), w.new_empty(w.shape[0])
 
 
+@_register("cast(Tensor x, ScalarType dtype) -> Tensor")
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` in another ``dtype``: a parameter in the dtype that autocast computes in, or its gradient back in its own."""
+    return torch.empty_like(x, dtype=dtype)
+
+
 @_register("scale_shift_add_relu(Tensor z, Tensor bn, Tensor? residual, Tensor? residual_bn, bool relu) -> Tensor")
 def scale_shift_add_relu(
     z: Tensor, bn: Tensor, residual: Tensor | None, residual_bn: Tensor | None, relu: bool

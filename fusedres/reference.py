@@ -228,6 +228,11 @@ def _bn_rows(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | No
     return torch.stack([mean, invstd, scale, shift])
 
 
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """As ``fusedres.ops.cast``."""
+    return x.to(dtype, copy=True)
+
+
 def bn_fold(w: Tensor, bias: Tensor | None, bn: Tensor) -> tuple[Tensor, Tensor]:
     rows = BN.rows(bn)
     folded_bias = rows.shift + (0 if bias is None else bias.to(bn.dtype) * rows.scale)  # never a view of bn

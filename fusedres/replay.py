@@ -22,6 +22,8 @@ from fusedres.recorder import Outputs, Program, Recorder, Tensors
 
 #: More problems than a training run meets; beyond them everything is forgotten, and recorded anew.
 MOST = 1024
+_PLAIN = (Tensor, nn.Parameter)
+_ALIGNMENT = 16  # bytes of the widest access
 
 
 class Met(NamedTuple):
@@ -51,9 +53,10 @@ def call(function: Callable[..., Outputs], settings: tuple[Hashable, ...], tenso
 
     ``function`` must be one of tensors alone: it may read their shapes and write to them, but not look at values.
     """
-    if not _may_replay(tensors):
+    looks = _looks(tensors) if _may_replay(tensors[0]) else None
+    if looks is None:
         return function(*settings, *tensors)
-    key = function, settings, dispatch.forced(), torch.backends.cudnn.allow_tf32, tuple(map(_look, tensors))
+    key = function, settings, dispatch.forced(), torch.backends.cudnn.allow_tf32, looks
     met = _met.get(key)
     if met is None:
         if len(_met) >= MOST:
@@ -75,24 +78,26 @@ def call(function: Callable[..., Outputs], settings: tuple[Hashable, ...], tenso
     return outputs
 
 
-def _may_replay(tensors: Tensors) -> bool:
-    """Whether these are plain tensors of an engine that gains by it, and nobody else follows what is called."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+def _may_replay(first: Tensor | None) -> bool:
+    """Whether the engine of such tensors gains by it, and nobody else follows what is called."""
+    if first is None or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
-    given = [t for t in tensors if t is not None]
-    first = given[0]
-    if not dispatch.choose("conv_fprop", first.device.type, first.dtype).engine.replays:
-        return False
-    return all(map(_is_plain, given)) and len(set(map(id, given))) == len(given)
+    return dispatch.choose("conv_fprop", first.device.type, first.dtype).engine.replays
 
 
-def _is_plain(t: Tensor) -> bool:
-    """Whether ``t`` is just strided memory. Views that negate are resolved by the dispatcher on the way to an op."""
-    return type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided and not (t.is_neg() or t._is_zerotensor())
+def _looks(tensors: Tensors) -> tuple[Hashable, ...] | None:
+    """What of each tensor decides which kernels run on it, and how; None where one is more than memory with strides.
 
-
-def _look(t: Tensor | None) -> Hashable:
-    """What of a tensor decides which kernels run on it, and how."""
-    if t is None:
-        return None
-    return t.dtype, t.shape, t.stride(), t.storage_offset(), t.get_device(), t.data_ptr() % 16
+    Views that negate are resolved by the dispatcher on the way to an op; a tensor given twice is two in a program.
+    """
+    looks: list[Hashable] = []
+    ids = set()
+    for t in tensors:
+        if t is None:
+            looks.append(None)
+            continue
+        if type(t) not in _PLAIN or t.is_neg() or t._is_zerotensor() or id(t) in ids:
+            return None
+        ids.add(id(t))
+        looks.append((t.dtype, t.shape, t.stride(), t.storage_offset(), t.get_device(), t.data_ptr() % _ALIGNMENT))
+    return tuple(looks)

@@ -79,7 +79,7 @@ class _Counter(TorchDispatchMode):
 
 
 #: Ops whose first result has the shape of a weight.
-_WEIGHT_OPS = ("fusedres::conv_wgrad", "fusedres::pointwise_wgrad", "fusedres::bn_fold")
+_WEIGHT_OPS = ("fusedres::conv_wgrad", "fusedres::pointwise_wgrad", "fusedres::bn_fold", "fusedres::cast")
 
 
 def parts_of(call: Call) -> list[Part]:

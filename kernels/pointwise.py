@@ -14,10 +14,11 @@ from torch import Tensor
 from fusedres.kernels.launch import cdiv, run
 from fusedres.kernels.prologue import dbn_factors, dbn_slope
 from fusedres.kernels.tails import tile_of_matrix, tile_shape
-from fusedres.kernels.tile import cast
+from fusedres.kernels.tile import cast, dot
 from fusedres.layout import STAT_ROWS, SUM_ROWS
 
 _BLOCK_K, _BLOCK_C = 8, 128
+_PRODUCT_BLOCK = 64
 _WARPS = 4
 
 
@@ -26,16 +27,79 @@ def matrix(w: Tensor) -> Tensor:
     return w.reshape(w.shape[0], w.shape[1]).contiguous()
 
 
-def weight_moments(w: Tensor, moments: Tensor) -> Tensor:
-    """``W S``: (K, C) float32."""
-    return torch.mm(w.float(), moments[:-1])
-
-
 @triton.jit
 def _tile(k, c, start, K, C, BLOCK_C: tl.constexpr):
     """(columns, offsets, mask) of a block of a (K, C) matrix whose columns begin at ``start``."""
     column = start + c
     return column, k[:, None] * C + column[None, :], (k < K)[:, None] & (column < C)[None, :]
+
+
+@triton.jit
+def product_kernel(
+    a,  # (M, K) of any strides and dtype
+    b,  # (K, N) row-major, of any dtype
+    bn,
+    sums,
+    out,  # (M, N) float32
+    inv_count,
+    M,
+    N,
+    K,
+    stride_m,
+    stride_k,
+    HAS_SLOPE: tl.constexpr,  # row k of ``b`` is multiplied by the slope that the backward of BN has in channel k
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """``out = a @ b``, to float32's precision: three products of TF32 for each of float32."""
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        a_offsets = m[:, None] * stride_m + k[None, :] * stride_k
+        left = tl.load(a + a_offsets, mask=(m < M)[:, None] & (k < K)[None, :], other=0.0).to(tl.float32)
+        right = tl.load(b + k[:, None] * N + n[None, :], mask=(k < K)[:, None] & (n < N)[None, :], other=0.0)
+        right = right.to(tl.float32)
+        if HAS_SLOPE:
+            _, _, slope, _ = dbn_factors(bn, sums, inv_count, k, K, k < K)
+            right *= slope[:, None]
+        acc = dot(left, right, acc, "tf32x3")
+    tl.store(out + m[:, None] * N + n[None, :], acc, mask=(m < M)[:, None] & (n < N)[None, :])
+
+
+def _product(
+    a: Tensor, b: Tensor, bn: Tensor | None = None, sums: Tensor | None = None, inv_count: float = 0.0
+) -> Tensor:
+    """``a @ b`` (M, N) float32 of small matrices, ``b`` dense; with ``bn`` its rows are multiplied by their slopes."""
+    (m, k), n = a.shape, b.shape[1]
+    out = b.new_empty((m, n), dtype=torch.float32)
+    run(
+        product_kernel,
+        (cdiv(m, _PRODUCT_BLOCK), cdiv(n, _PRODUCT_BLOCK)),
+        a,
+        b,
+        bn,
+        sums,
+        out,
+        inv_count,
+        m,
+        n,
+        k,
+        *a.stride(),
+        HAS_SLOPE=bn is not None,
+        BLOCK_M=_PRODUCT_BLOCK,
+        BLOCK_N=_PRODUCT_BLOCK,
+        BLOCK_K=32,
+        num_warps=_WARPS,
+    )
+    return out
+
+
+def weight_moments(w: Tensor, moments: Tensor) -> Tensor:
+    """``W S``: (K, C) float32."""
+    return _product(w, moments[:-1])
 
 
 @triton.jit
@@ -186,17 +250,13 @@ def pointwise_wgrad_of_product(
 
 
 @triton.jit
-def scaled_weights_kernel(
-    w, bn, sums, from_g, weight, scaled, inv_count, K, C, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """``diag(a) W`` in the dtype of ``w``; ``W`` and ``diag(b) W`` in float32."""
+def scaled_weights_kernel(w, bn, sums, from_g, inv_count, K, C, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr):
+    """``diag(a) W`` in the dtype of ``w``."""
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     _, offsets, mask = _tile(k, tl.arange(0, BLOCK_C), tl.program_id(1) * BLOCK_C, K, C, BLOCK_C)
-    _, a, b, _ = dbn_factors(bn, sums, inv_count, k, K, k < K)
+    _, a, _, _ = dbn_factors(bn, sums, inv_count, k, K, k < K)
     value = tl.load(w + offsets, mask=mask, other=0.0).to(tl.float32)
     tl.store(from_g + offsets, cast(a[:, None] * value, from_g.dtype.element_ty), mask=mask)
-    tl.store(weight + offsets, value, mask=mask)
-    tl.store(scaled + offsets, b[:, None] * value, mask=mask)
 
 
 @triton.jit
@@ -235,11 +295,11 @@ def pointwise_dgrad_operands(
     """
     w = matrix(w)
     k, c = w.shape
-    from_g, (weight, scaled) = torch.empty_like(w), moments.new_empty(2, k, c)
+    from_g = torch.empty_like(w)
     grid = (cdiv(k, _BLOCK_K), cdiv(c, _BLOCK_C))
     blocks = {"BLOCK_K": _BLOCK_K, "BLOCK_C": _BLOCK_C, "num_warps": _WARPS}
-    run(scaled_weights_kernel, grid, w, bn, sums, from_g, weight, scaled, inv_count, k, c, **blocks)
-    product = torch.mm(weight.t(), scaled)
+    run(scaled_weights_kernel, grid, w, bn, sums, from_g, inv_count, k, c, **blocks)
+    product = _product(w.t(), w, bn, sums, inv_count)
     from_x, constant = w.new_empty(c, c), moments.new_empty(c)
     blocks = {"BLOCK_K": 64, "BLOCK_C": 16, "num_warps": _WARPS}
     operands = (from_g, product, sums, moments, from_x, constant, inv_count, k, c)

@@ -75,7 +75,7 @@ def row_offset(row, pitch, WIDE: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """``acc + a @ b`` in float32; ``PRECISION`` "ieee" or "tf32" matters for float32 operands only."""
+    """``acc + a @ b`` in float32; ``PRECISION`` "ieee", "tf32" or "tf32x3" matters for float32 operands only."""
     if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)

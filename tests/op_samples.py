@@ -168,6 +168,10 @@ def _channel_samples(make: Operands) -> Iterator[Sample]:
     yield Sample("bn_constants", "affine", (*running, weight, bias, 1e-3, make.acc))
     w, bn = make.weight(ConvProblem(1, 5, 3, 3, k, 3, 3)), make.bn(k)
     yield Sample("bn_fold", "bare", (w, None, bn))
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        if dtype != w.dtype:
+            yield Sample("cast", f"to-{dtype}".replace("torch.", ""), (make.weight(ConvProblem(1, 5, 3, 3, k, 3, 3)), dtype))
+    yield Sample("cast", "vector", (make.vector(k), torch.float32 if w.dtype != torch.float32 else torch.float16))
     yield Sample("bn_fold", "bias", (w.contiguous(memory_format=torch.channels_last), make.vector(k), bn))
 
 

@@ -99,7 +99,7 @@ def test_results_alias_neither_operands_nor_each_other(op: str, engine: str) -> 
 
 
 @pytest.mark.parametrize(
-    "op", sorted(set(OPS) - {"bn_fold", "pointwise_wgrad"})
+    "op", sorted(set(OPS) - {"bn_fold", "cast", "pointwise_wgrad"})
 )  # these return weights as they got them
 def test_activations_come_out_channels_last(op: str, engine: str) -> None:
     for sample in samples_of(op):

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 from oracles import needs_native
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fusedres
@@ -247,8 +247,15 @@ def test_a_chain_in_one_launch_multiplies_as_much_and_moves_its_ends(downsample:
         found = traffic_of(lambda: block(x))
     assert found.launches == 1
     assert found.flops == sum(launch.flops for launch in walked(EagerBlock(block), False))
-    weights = [t for t in block.parameters() if t.dim() == 4]
+    side = {block.conv3: y.shape[2]}  # of what comes into the others it is that of the block's input
+    convs = [m for m in block.modules() if isinstance(m, nn.Conv2d)]
+    weights = [packed(conv, side.get(conv, SIDE)) if frozen else conv.weight for conv in convs]
     vectors = 1 if frozen else 4  # a channel: folded BN is a bias
-    read = sum(w.numel() + vectors * len(w) for w in weights)
-    padding = found.bytes - 4 * (x.numel() + y.numel() + read)
-    assert 0 <= padding < 4 * read * frozen + 100  # of packed weights, which are read in place of the others
+    read = sum(w.numel() + vectors * conv.out_channels for w, conv in zip(weights, convs, strict=True))
+    assert 0 <= found.bytes - 4 * (x.numel() + y.numel() + read) < 100  # eps of every BN
+
+
+def packed(conv: nn.Conv2d, side: int) -> Tensor:
+    """The weight as the frozen chain reads it in place of the conv's own."""
+    geometry = conv.stride, conv.padding, conv.dilation
+    return torch.ops.fusedres_cpu.conv_pack(conv.weight, (side, side), *geometry)

@@ -52,9 +52,12 @@ class _ChainBackward:
         self.x, self.y, *rest = saved
         self.specs = [*self.spec.units, *([self.spec.projection] if self.spec.projection else [])]
         count = len(self.specs)
-        self.weights, self.conv_biases, rest = rest[: 2 * count : 2], rest[1 : 2 * count : 2], rest[2 * count :]
-        width = len(Saved._fields)
-        self.saved = [Saved(*rest[i : i + width]) for i in range(0, count * width, width)]
+        width, parameters = len(Saved._fields), rest[: 2 * count]
+        self.saved = [Saved(*rest[i : i + width]) for i in range(2 * count, len(rest), width)]
+        self.weights = [own if s.w is None else s.w for own, s in zip(parameters[::2], self.saved, strict=True)]
+        self.conv_biases = [
+            own if s.conv_bias is None else s.conv_bias for own, s in zip(parameters[1::2], self.saved, strict=True)
+        ]
         self.gradients: list[tuple[Tensor | None, ...]] = [() for _ in self.specs]
 
     def run(self, dy: Tensor) -> Iterator[Tensor | None]:
@@ -147,7 +150,7 @@ class _ChainBackward:
 
     def _closed_backward(self, i: int, g: Tensor, sum_g: Tensor) -> tuple[Tensor | None, Tensor]:
         """(the gradient of the unit's input or None, the sums of the BN before it)."""
-        (bn, _, moments), w, unit = self.saved[i], self.weights[i], self.specs[i]
+        (bn, _, moments, *_), w, unit = self.saved[i], self.weights[i], self.specs[i]
         a = self._operand(i)
         if self.needs.units[i].input:  # both products read it
             a = materialise(a)
@@ -171,7 +174,7 @@ class _ChainBackward:
         compact: bool = False,
     ) -> tuple[Tensor | None, Tensor]:
         """(the gradient of the unit's input or None, the sums of the BN before it). ``compact``: on the output grid."""
-        (bn, z, _), w, unit, needs = self.saved[i], self.weights[i], self.specs[i], self.needs.units[i]
+        (bn, z, *_), w, unit, needs = self.saved[i], self.weights[i], self.specs[i], self.needs.units[i]
         if not needs.dz:
             self._record(i, None, sums)
             return None, sums

@@ -17,6 +17,7 @@ from fusedres.autograd.unit import (
     ParameterDtypes,
     Saved,
     bn_vectors,
+    cast_conv,
     closes,
     materialise,
     stored_unit,
@@ -71,7 +72,8 @@ def _forward(
     spec: ChainSpec, needs: ChainNeeds, x: Tensor, residual: Tensor | None, *flat: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """The chain's output, and what each unit (the projection last) keeps for backward."""
-    tensors, saved = unit_tensors(flat), []
+    parameters, saved = unit_tensors(flat), []
+    tensors = [cast_conv(t, x.dtype) for t in parameters]
     a = Operand(x, None)
     for unit, t in zip(spec.units[:-1], tensors, strict=False):
         z, bn = stored_unit(unit, t, a)
@@ -87,7 +89,8 @@ def _forward(
     saved.append(last)
     if spec.residual == "projection":
         saved.append(projection_saved)
-    return y, *(t for unit in map(_keep, needs.units, needs.kept, saved) for t in unit)
+    kept = map(_keep, needs.units, needs.kept, saved, tensors, parameters)
+    return y, *(t for unit in kept for t in unit)
 
 
 def _last_unit(
@@ -110,16 +113,30 @@ def _last_unit(
     return ops.scale_shift_add_relu(z, bn, residual, residual_bn, spec.relu), Saved(bn, z, None)
 
 
-def _keep(needs: UnitNeeds, kept: Kept, saved: Saved) -> Saved:
-    """What of ``saved`` is still there in backward."""
+def _keep(needs: UnitNeeds, kept: Kept, saved: Saved, t: UnitTensors, parameters: UnitTensors) -> Saved:
+    """What of ``saved`` is still there in backward, and the conv's parameters if they are not its own."""
+    w, conv_bias = keep_conv(needs, kept, t)
     return Saved(
         saved.bn if needs.any or kept.z else None,
         saved.z if kept.z and not kept.again else None,
         saved.moments if needs.any else None,
+        None if w is parameters.w else w,
+        None if conv_bias is parameters.conv_bias else conv_bias,
     )
 
 
-def _keep_parameters(needs: UnitNeeds, kept: Kept, t: UnitTensors) -> tuple[Tensor | None, Tensor | None]:
+def _keep_parameters(
+    needs: UnitNeeds, kept: Kept, t: UnitTensors, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """The conv's own weight and bias, where backward reads them and not copies in ``dtype``."""
+    w, conv_bias = keep_conv(needs, kept, t)
+    return (
+        w if w is not None and w.dtype == dtype else None,
+        conv_bias if conv_bias is not None and conv_bias.dtype == dtype else None,
+    )
+
+
+def keep_conv(needs: UnitNeeds, kept: Kept, t: UnitTensors) -> tuple[Tensor | None, Tensor | None]:
     """The conv's weight and bias, where backward reads them."""
     return t.w if needs.dz or kept.again else None, t.conv_bias if kept.again else None
 
@@ -129,20 +146,18 @@ class ChainFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        spec: ChainSpec, needs: ChainNeeds, x: Tensor, residual: Tensor | None, *flat: Tensor | None
+        ctx: Any, spec: ChainSpec, needs: ChainNeeds, x: Tensor, residual: Tensor | None, *flat: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        return replay.call(_forward, (spec, needs), (x, residual, *flat))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-        ctx.spec, ctx.needs, x, _, *flat = inputs
-        y, *saved = output
+        y, *saved = replay.call(_forward, (spec, needs), (x, residual, *flat))
+        ctx.spec, ctx.needs = spec, needs
         ctx.mark_non_differentiable(*(t for t in saved if t is not None))
         ctx.set_materialize_grads(False)
         tensors = unit_tensors(flat)
         ctx.input_size, ctx.dtypes = x.shape[2:], tuple(map(ParameterDtypes.of, tensors))
-        parameters = [t for unit in map(_keep_parameters, ctx.needs.units, ctx.needs.kept, tensors) for t in unit]
-        ctx.save_for_backward(x if ctx.needs.reads_x else None, y if ctx.spec.relu else None, *parameters, *saved)
+        kept = zip(needs.units, needs.kept, tensors, strict=True)
+        parameters = [parameter for unit in kept for parameter in _keep_parameters(*unit, x.dtype)]
+        ctx.save_for_backward(x if needs.reads_x else None, y if spec.relu else None, *parameters, *saved)
+        return y, *saved
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:

@@ -13,6 +13,7 @@ from fusedres.autograd.once import refuse_followers
 from fusedres.autograd.unit import (
     Operand,
     ParameterDtypes,
+    cast_conv,
     inv_count,
     parameter_gradients,
     stored_unit,
@@ -27,17 +28,20 @@ def stem_chain(unit: UnitSpec, pool: PoolSpec, x: Tensor, t: UnitTensors) -> Ten
     """Run the stem differentiably: ``x`` (N, C, H, W) -> (N, K, P, Q) after pooling, both channels_last."""
     needs = UnitNeeds.of(t, torch.is_grad_enabled() and x.requires_grad)
     if not needs.any:
-        y = replay.call(_forward, (unit, pool), (x, *t))[0]
+        y = replay.call(_forward, (unit, needs, pool), (x, *t))[0]
         assert y is not None
         return y
     return StemFunction.apply(unit, needs, pool, dispatch.forced(), x, *t)[0]
 
 
-def _forward(unit: UnitSpec, pool: PoolSpec, x: Tensor, *flat: Tensor | None) -> tuple[Tensor | None, ...]:
-    """(y, tap, z, bn)."""
-    (t,) = unit_tensors(flat)
+def _forward(
+    unit: UnitSpec, needs: UnitNeeds, pool: PoolSpec, x: Tensor, *flat: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """(y, tap, z, bn, the weight where backward reads a copy of it)."""
+    (parameters,) = unit_tensors(flat)
+    t = cast_conv(parameters, x.dtype)
     z, bn = stored_unit(unit, t, Operand(x, None))
-    return *ops.bn_relu_maxpool(z, bn, *pool), z, bn
+    return *ops.bn_relu_maxpool(z, bn, *pool), z, bn, t.w if needs.input and t.w is not parameters.w else None
 
 
 def _output_gradient(
@@ -64,10 +68,11 @@ def _backward(
     dtypes: ParameterDtypes,
     dy: Tensor,
     x: Tensor | None,
-    w: Tensor | None,
+    own_w: Tensor | None,
     tap: Tensor,
     z: Tensor,
     bn: Tensor,
+    cast_w: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of ``x`` and of the unit's tensors."""
     dz, sums = _output_gradient(unit, pool, dy, tap, z, bn)
@@ -77,6 +82,7 @@ def _backward(
         assert x is not None
         dw = ops.conv_wgrad(*lazy, x, None, kernel_size, *unit.conv)
     if needs.input:
+        w = own_w if cast_w is None else cast_w
         assert w is not None
         dx, _ = ops.conv_dgrad(*lazy, w, input_size, *unit.conv, None, (1, 1), None, None)
     gradients = parameter_gradients(unit, needs, bn, dw, sums, dtypes)
@@ -84,23 +90,27 @@ def _backward(
 
 
 class StemFunction(torch.autograd.Function):
-    """``apply(unit, needs, pool, engine, x, *unit tensors) -> (y, tap, z, bn)``; the last three are for backward."""
+    """``apply(unit, needs, pool, engine, x, *unit tensors) -> (y, *saved)``; the saved tensors are for backward alone."""
 
     @staticmethod
     def forward(
-        unit: UnitSpec, needs: UnitNeeds, pool: PoolSpec, engine: str | None, x: Tensor, *flat: Tensor | None
+        ctx: Any,
+        unit: UnitSpec,
+        needs: UnitNeeds,
+        pool: PoolSpec,
+        engine: str | None,
+        x: Tensor,
+        *flat: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        return replay.call(_forward, (unit, pool), (x, *flat))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.unit, ctx.needs, ctx.pool, ctx.engine, x, *flat = inputs
+        y, *saved = replay.call(_forward, (unit, needs, pool), (x, *flat))
         (t,) = unit_tensors(flat)
-        _, *saved = output
-        ctx.mark_non_differentiable(*saved)
+        ctx.unit, ctx.needs, ctx.pool, ctx.engine = unit, needs, pool, engine
+        ctx.mark_non_differentiable(*(t for t in saved if t is not None))
         ctx.set_materialize_grads(False)
         ctx.input_size, ctx.kernel_size, ctx.dtypes = x.shape[2:], t.w.shape[2:], ParameterDtypes.of(t)
-        ctx.save_for_backward(x if ctx.needs.w else None, t.w if ctx.needs.input else None, *saved)
+        own_w = t.w if needs.input and t.w.dtype == x.dtype else None
+        ctx.save_for_backward(x if needs.w else None, own_w, *saved)
+        return y, *saved
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:

@@ -18,23 +18,27 @@ from fusedres.specs import UnitSpec, UnitTensors, is_closed
 
 class Saved(NamedTuple):
     """What one unit keeps for backward: ``z`` if stored, ``moments`` if closed, neither if it is to be recomputed or
-    nobody reads it."""
+    nobody reads it; and the conv's parameters where they are copies in the dtype of the activations."""
 
     bn: Tensor | None
     z: Tensor | None
     moments: Tensor | None
+    w: Tensor | None = None
+    conv_bias: Tensor | None = None
 
 
 class ParameterDtypes(NamedTuple):
-    """The dtypes of a conv's parameters and of its BN's."""
+    """The dtypes of a conv's weight and bias, and of its BN's parameters."""
 
-    conv: torch.dtype
+    w: torch.dtype
+    conv_bias: torch.dtype
     bn: torch.dtype
 
     @classmethod
     def of(cls, t: UnitTensors) -> ParameterDtypes:
+        conv_bias = t.w.dtype if t.conv_bias is None else t.conv_bias.dtype
         affine = t.bias if t.weight is None else t.weight
-        return cls(t.w.dtype, t.w.dtype if affine is None else affine.dtype)
+        return cls(t.w.dtype, conv_bias, t.w.dtype if affine is None else affine.dtype)
 
 
 class Operand(NamedTuple):
@@ -48,6 +52,15 @@ def unit_tensors(flat: Sequence[Any]) -> list[UnitTensors]:
     """The tensors of each unit from the flat arguments of a Function."""
     width = len(UnitTensors._fields)
     return [UnitTensors(*flat[i : i + width]) for i in range(0, len(flat), width)]
+
+
+def cast_conv(t: UnitTensors, dtype: torch.dtype) -> UnitTensors:
+    """Conv parameters in the compute dtype, as autocast casts them; BN's stay as they are."""
+    return t._replace(w=_cast(t.w, dtype), conv_bias=None if t.conv_bias is None else _cast(t.conv_bias, dtype))
+
+
+def _cast(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    return parameter if parameter.dtype == dtype else ops.cast(parameter, dtype)
 
 
 def closes(unit: UnitSpec, needs: UnitNeeds, t: UnitTensors, x: Tensor) -> bool:
@@ -122,9 +135,9 @@ def parameter_gradients(
     """
     dbeta, d_conv_bias = sums[0], None
     if needs.conv_bias:  # absorbed it is zero, but for what is no number
-        d_conv_bias = (bn[2] * dbeta * (0 if unit.batch_stats else 1)).to(dtypes.conv)
+        d_conv_bias = (bn[2] * dbeta * (0 if unit.batch_stats else 1)).to(dtypes.conv_bias)
     return (
-        dw if needs.w else None,
+        None if dw is None or not needs.w else _cast(dw, dtypes.w),
         d_conv_bias,
         sums[1].to(dtypes.bn) if needs.weight else None,
         dbeta.to(dtypes.bn) if needs.bias else None,

@@ -23,7 +23,7 @@ kernels = torch.ops.fusedres_cpu
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 #: Ops on per-channel vectors and small matrices, where ATen leaves nothing to fuse.
-_SMALL_OPS = ("bn_finalize", "bn_constants", "bn_fold", "pointwise_stats")
+_SMALL_OPS = ("bn_finalize", "bn_constants", "bn_fold", "cast", "pointwise_stats")
 
 
 class CPUEngine(Engine):
@@ -44,6 +44,7 @@ class CPUEngine(Engine):
 
     bn_constants = staticmethod(reference.bn_constants)
     bn_fold = staticmethod(reference.bn_fold)
+    cast = staticmethod(reference.cast)
     pointwise_stats = staticmethod(reference.pointwise_stats)
 
     scale_shift_add_relu = staticmethod(kernels.scale_shift_add_relu)

@@ -32,6 +32,7 @@ _MODULES = {
     "bn_finalize": "bn_finalize",
     "bn_constants": "bn_finalize",
     "bn_fold": "bn_finalize",
+    "cast": "cast",
     "pointwise_stats": "pointwise",
     "bn_relu_maxpool": "pool",
     "bn_relu_maxpool_backward": "pool",

@@ -77,8 +77,23 @@ def test_replayed_steps_equal_called_ones(
         got = [results(replayed, images(name, device, i, dtype)) for i in range(STEPS)]
         assert len(programs()) == 2
         assert all(programs())
-        monkeypatch.setattr(replay, "_may_replay", lambda tensors: False)
+        monkeypatch.setattr(replay, "_may_replay", lambda first: False)
         expected = [results(called, images(name, device, i, dtype)) for i in range(STEPS)]
+    for step, right in zip(got, expected, strict=True):
+        assert all(map(torch.equal, step, right))
+
+
+@pytest.mark.parametrize("name", ["basic", "bottleneck-stride"])
+def test_replayed_steps_under_autocast_equal_called_ones(
+    name: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replayed = block(name, device)
+    called = copy.deepcopy(replayed)
+    with fusedres.engine("cudnn"), torch.autocast(device, torch.bfloat16):
+        got = [results(replayed, images(name, device, i, torch.float32)) for i in range(STEPS)]
+        assert all(programs())
+        monkeypatch.setattr(replay, "_may_replay", lambda first: False)
+        expected = [results(called, images(name, device, i, torch.float32)) for i in range(STEPS)]
     for step, right in zip(got, expected, strict=True):
         assert all(map(torch.equal, step, right))
 
@@ -101,7 +116,7 @@ def test_replayed_stem_equals_the_called_one(device: str, monkeypatch: pytest.Mo
         got = [results(replayed, images) for images in x]
         assert len(programs()) == 2
         assert all(programs())
-        monkeypatch.setattr(replay, "_may_replay", lambda tensors: False)
+        monkeypatch.setattr(replay, "_may_replay", lambda first: False)
         expected = [results(called, images) for images in x]
     for step, right in zip(got, expected, strict=True):
         assert all(map(torch.equal, step, right))
@@ -255,7 +270,7 @@ def test_native_launches_are_those_of_the_kernels(
         assert driver.calls == (STEPS - 2) * len(driver.launches)
         text = "".join(program.__self__.code for program in programs())  # type: ignore[union-attr]
         assert 0 < text.count(" = fusedres_launches_launch") < len(driver.launches)
-        monkeypatch.setattr(replay, "_may_replay", lambda tensors: False)
+        monkeypatch.setattr(replay, "_may_replay", lambda first: False)
         expected = [results(called, images(name, device, i)) for i in range(STEPS)]
     for step, right in zip(got, expected, strict=True):
         assert all(map(torch.equal, step, right))

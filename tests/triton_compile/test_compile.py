@@ -124,7 +124,7 @@ def test_small_products_of_closed_units_fit_their_machine(dtype: torch.dtype, ma
         found = usage(build_of(launch), machine)
         assert found.spilled_bytes == 0, f"{name}: {found[:4]}"
         assert found.shared_bytes <= MULTIPROCESSORS[machine].block_shared_bytes, f"{name}: {found[:4]}"
-    assert len(names) == 6
+    assert len(names) == 7
 
 
 @machines
