@@ -1,5 +1,5 @@
-// The launches of a recorded program, one after another in one call (fusedres/launches.py). It needs nothing of CUDA: the
-// driver's cuLaunchKernel comes as an address.
+// The launches of a recorded program, one after another in one call (fusedres/launches.py). It needs nothing of CUDA:
+// the driver's cuLaunchKernel comes as an address.
 #include <cstdint>
 
 namespace {
@@ -23,11 +23,11 @@ struct Param {
 
 }  // namespace
 
-// Launches `count` kernels described by `words`: each a Header, then its Params. `roots`: the tensors' addresses. Returns
-// the driver's first error, 0 without.
+// Launches `count` kernels described by `words`: each a Header, then its Params. `roots`: the tensors' addresses.
+// Returns the driver's first error, 0 without.
 extern "C" __attribute__((visibility("default"))) int fusedres_launch(uint64_t launch, const int64_t* words,
-                                                                       int64_t count, const uint64_t* roots,
-                                                                       uint64_t stream) {
+                                                                      int64_t count, const uint64_t* roots,
+                                                                      uint64_t stream) {
   for (int64_t i = 0; i < count; ++i) {
     const auto& header = *reinterpret_cast<const Header*>(words);
     words += sizeof(Header) / sizeof(int64_t);

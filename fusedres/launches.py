@@ -69,7 +69,7 @@ class Place(NamedTuple):
 class Launch:
     """``function(*args)``, which launched ``kernel``: None for one that is interpreted or needs Triton's launcher.
 
-    Its tensors are parts of roots, ``places`` tells which. ``by_address``: ``function`` takes addresses for them as well.
+    Its tensors are parts of roots, ``places`` tells which. ``by_address``: ``function`` takes addresses for them, too.
     """
 
     def __init__(

@@ -204,7 +204,7 @@ def bn_fold(w: Tensor, bias: Tensor | None, bn: Tensor) -> tuple[Tensor, Tensor]
 
 @_register("cast(Tensor x, ScalarType dtype) -> Tensor")
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x`` in another ``dtype``: a parameter in the dtype that autocast computes in, or its gradient back in its own."""
+    """``x`` in another ``dtype``: a parameter in that which autocast computes in, or its gradient back in its own."""
     return torch.empty_like(x, dtype=dtype)
 
 

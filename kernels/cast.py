@@ -1,4 +1,4 @@
-"""``cast``: a parameter, or a gradient of one, in another dtype. One launch; a program's list of launches takes it along."""
+"""``cast``: a parameter, or a gradient of one, in another dtype: a launch that joins a program's list of launches."""
 
 from __future__ import annotations
 

@@ -170,7 +170,8 @@ def _channel_samples(make: Operands) -> Iterator[Sample]:
     yield Sample("bn_fold", "bare", (w, None, bn))
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         if dtype != w.dtype:
-            yield Sample("cast", f"to-{dtype}".replace("torch.", ""), (make.weight(ConvProblem(1, 5, 3, 3, k, 3, 3)), dtype))
+            weight = make.weight(ConvProblem(1, 5, 3, 3, k, 3, 3))
+            yield Sample("cast", f"to-{dtype}".replace("torch.", ""), (weight, dtype))
     yield Sample("cast", "vector", (make.vector(k), torch.float32 if w.dtype != torch.float32 else torch.float16))
     yield Sample("bn_fold", "bias", (w.contiguous(memory_format=torch.channels_last), make.vector(k), bn))
 

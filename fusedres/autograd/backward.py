@@ -95,7 +95,9 @@ class _ChainBackward:
         """Recompute every dropped ``z`` that is read, the first unit's before the last one that reads it."""
         for i, (saved, kept) in enumerate(zip(self.saved, self.needs.kept, strict=True)):
             if kept.again and saved.moments is None:
-                unit = UnitTensors(self.weights[i], self.conv_biases[i], *(None,) * 5)
+                w = self.weights[i]
+                assert w is not None
+                unit = UnitTensors(w, self.conv_biases[i], *(None,) * 5)
                 z, _ = run_conv(self.specs[i], unit, materialise(self._operand(i)), False)
                 self.saved[i] = saved._replace(z=z)
 

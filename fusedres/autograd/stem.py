@@ -90,7 +90,7 @@ def _backward(
 
 
 class StemFunction(torch.autograd.Function):
-    """``apply(unit, needs, pool, engine, x, *unit tensors) -> (y, *saved)``; the saved tensors are for backward alone."""
+    """``apply(unit, needs, pool, engine, x, *unit tensors) -> (y, *saved)``, these for backward alone."""
 
     @staticmethod
     def forward(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -64,7 +64,7 @@ def programs() -> list[Callable[..., Any] | None]:
 @pytest.mark.parametrize("memory", ["standard", "recompute"])
 @pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.parametrize(
-    "engine, dtype",
+    ("engine", "dtype"),
     [("triton", torch.float32), ("triton", torch.float16), ("cudnn", torch.bfloat16), ("cudnn", torch.float16)],
     ids=str,
 )
@@ -191,7 +191,7 @@ def test_what_is_kept_is_bounded(device: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 class Driver:
-    """``cuLaunchKernel`` for kernels that Triton's interpreter runs, on the memory that the native library points to."""
+    """``cuLaunchKernel`` for kernels that Triton's interpreter runs, on the memory that the library points to."""
 
     def __init__(self) -> None:
         unsigned, pointer = [ctypes.c_uint] * 7, ctypes.c_void_p
@@ -242,7 +242,7 @@ STREAM = 77
 
 
 @pytest.fixture
-def driver(device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
+def driver(device: str, monkeypatch: pytest.MonkeyPatch) -> Driver:
     """Whatever is recorded within the test is launched by the native library, with this driver."""
     if device != "cpu" or launches.native_launch() is None:
         pytest.skip(f"needs the interpreter and the native library: {native.missing}")
@@ -255,7 +255,7 @@ def driver(device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     monkeypatch.setattr(Recorder, "launch", launch)
     monkeypatch.setattr(launches, "driver_launch", lambda: driver.address)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: STREAM)
-    yield driver
+    return driver
 
 
 @pytest.mark.parametrize("name", BLOCKS)
