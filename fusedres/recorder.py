@@ -1,9 +1,9 @@
 """A call recorded: which ops and launches a function of tensors makes, as a program that makes them again.
 
-A program is a ``torch.fx`` graph compiled to a function. What only launches read and write needs no tensor made for it: a
-launch takes addresses, each some bytes behind the start of a *root*, the tensor that was given or made there and of which
-others are views. So views for launches cost nothing, any other view is one ``as_strided`` of its root, and the small
-tensors that launches hand to one another share an allocation.
+A program is a ``torch.fx`` graph compiled to a function. What only launches read and write needs no tensor made for it:
+a launch takes addresses, each some bytes behind the start of a *root*, the tensor that was given or made there and of
+which others are views. So views for launches cost nothing, any other view is one ``as_strided`` of its root, and the
+small tensors that launches hand to one another share an allocation.
 """
 
 from __future__ import annotations
@@ -67,6 +67,8 @@ class Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self.reason is not None:
+            return func(*args, **kwargs)
         if func in ops.IMPLEMENTATIONS:  # an op of ours: not itself, but what it calls
             with self:
                 result = ops.IMPLEMENTATIONS[func](*args, **kwargs)
@@ -76,15 +78,16 @@ class Recorder(TorchDispatchMode):
         result = func(*args, **kwargs)
         if func in _EMPTY:
             self._know(result, self._empty(result), ())
-        elif isinstance(result, Tensor) and result in self._known:  # an op in place gave back its argument
-            self._call(func, args, kwargs)
-        else:
-            self._know(result, self._call(func, args, kwargs), [t for t in tree_leaves((args, kwargs)) if _is_tensor(t)])
+            return result
+        node = self._call(func, args, kwargs)
+        is_in_place = _is_tensor(result) and result in self._known
+        if self.reason is None and not is_in_place:
+            self._know(result, node, [t for t in tree_leaves((args, kwargs)) if _is_tensor(t)])
         return result
 
     def paused(self) -> AbstractContextManager[None]:
         """Within this context nothing is noted, whatever is called."""
-        return torch._C._DisableTorchDispatch()  # type: ignore[no-any-return]
+        return torch._C._DisableTorchDispatch()
 
     def launch(self, launch: Launch, tensors: Sequence[tuple[int, Tensor]]) -> None:
         """Note ``launch``, with each tensor among its arguments and at which place it stands."""
@@ -114,7 +117,7 @@ class Recorder(TorchDispatchMode):
         return self._graph.call_function(function, map_aggregate(args, self._node), map_aggregate(kwargs, self._node))
 
     def _empty(self, t: Tensor) -> fx.Node:
-        options = {"dtype": t.dtype, "device": t.device}
+        options: dict[str, Any] = {"dtype": t.dtype, "device": t.device}
         node = self._graph.call_function(torch.empty_strided, (tuple(t.shape), t.stride()), options)
         self._bytes[node] = t.untyped_storage().nbytes()
         return node
@@ -122,6 +125,9 @@ class Recorder(TorchDispatchMode):
     def _know(self, result: Any, node: fx.Node, args: Sequence[Tensor]) -> None:
         """From now on ``result`` is what ``node`` computes of ``args``."""
         if isinstance(result, Tensor):
+            if result.layout is not torch.strided:
+                self.reason = f"{node.target} gives a tensor without strides"
+                return
             storage = result.untyped_storage()._cdata
             base = next((self._known[t] for t in args if t.untyped_storage()._cdata == storage), None)
             if base is None:
@@ -183,9 +189,8 @@ class Recorder(TorchDispatchMode):
                 user.replace_input_with(node, shared)
             self._graph.erase_node(node)
 
-
     def _bind_launches(self) -> None:
-        """Make each list of native launches between which nothing is computed one call, and any other launch its own."""
+        """Make every list of native launches with nothing computed in between one call, any other launch its own."""
         together: list[fx.Node] = []
         for node in list(self._graph.nodes):
             launch = self._launches.get(node)

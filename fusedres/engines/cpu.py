@@ -31,6 +31,7 @@ class CPUEngine(Engine):
 
     name = "cpu"
     missing = native.missing
+    replays = True
     flops_per_byte = 7  # with 1 and with 15 the steps of ResNet-50 took longer
 
     def rejects(self, op: str, device_type: str, dtype: torch.dtype) -> str | None:
