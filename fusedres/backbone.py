@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fusedres import functional
-from fusedres.inspection import is_transformed
+from fusedres import functional, recall
+from fusedres.blocks import FusedBasicBlock, FusedBottleneck
+from fusedres.inspection import is_transformed, plain_reason
 from fusedres.layout import channels_last
 
 _SHARED_CFG: dict[str, Any] = {
@@ -48,6 +49,10 @@ _POOLS: dict[str, Callable[[], nn.Module]] = {
     "max": lambda: nn.AdaptiveMaxPool2d((1, 1)),
     "": nn.Identity,
 }
+
+
+#: What ``Backbone._forward_features`` is made of.
+_STEPS = ("_forward_features", "_stem", "_first", "_stages", "_run")
 
 
 class Backbone(nn.Module):
@@ -109,7 +114,10 @@ class Backbone(nn.Module):
         self.grad_checkpointing = enable
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """x (N, C, H, W) -> the last stage's map (N, num_features, P, Q)."""
+        """x (N, C, H, W) -> the last stage's map (N, num_features, P, Q), channels_last."""
+        return recall.network(self, x, self._forward_features, self._chains)
+
+    def _forward_features(self, x: Tensor) -> Tensor:
         x = self._stem(x)
         for stage in self._stages():
             x = self._run(stage, x)
@@ -149,7 +157,7 @@ class Backbone(nn.Module):
         stages = self._stages()[: max(taken) if stop_early else None]
         maps = []
         if 0 in taken:
-            x = functional.conv_bn_relu(x if is_transformed() else channels_last(x), self.conv1, self.bn1, self.relu)
+            x = self._first(x)
             maps.append(x)
             x = x if self.maxpool is None else self.maxpool(x)
         else:
@@ -179,13 +187,33 @@ class Backbone(nn.Module):
             self.reset_classifier(0, "")
         return taken
 
+    def _first(self, x: Tensor) -> Tensor:
+        """The first map, channels_last whatever ``x`` is, so that the network behind it stays so."""
+        x = x if is_transformed() else channels_last(x)
+        return functional.conv_bn_relu(x, self.conv1, self.bn1, self.relu)
+
     def _stem(self, x: Tensor) -> Tensor:
         if self.maxpool is None:
-            return functional.conv_bn_relu(x, self.conv1, self.bn1, self.relu)
+            return self._first(x)
         return functional.stem(x, self.conv1, self.bn1, self.relu, self.maxpool)
 
     def _stages(self) -> list[nn.Module]:
         return [getattr(self, f"layer{number}") for number in range(1, len(self.feature_info))]
+
+    def _chains(self) -> list[recall.Modules] | None:
+        """The modules of each chain that ``_forward_features`` runs; None where it may run more than chains."""
+        if any(getattr(type(self), name) is not getattr(Backbone, name) for name in _STEPS):
+            return None
+        pool = [] if self.maxpool is None else [self.maxpool]
+        chains: list[recall.Modules] = [(self.conv1, self.bn1, self.relu, *pool)]
+        for stage in self._stages():
+            if plain_reason(stage, nn.Sequential) is not None:
+                return None
+            for block in stage.children():
+                if plain_reason(block, FusedBasicBlock, FusedBottleneck) is not None:
+                    return None
+                chains.append(block.modules_of_chain())  # type: ignore[operator]  # its class was asked
+        return chains
 
     def _run(self, stage: nn.Module, x: Tensor) -> Tensor:
         if not self.grad_checkpointing:

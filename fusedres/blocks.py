@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fusedres.functional import ConvBN, chain_reason, residual_chain
 from fusedres.inspection import plain_reason
+from fusedres.recall import modules_of
 from fusedres.specs import Memory, checked_memory
 
 NormLayer = Callable[..., nn.Module]
@@ -61,6 +62,10 @@ class _FusedBlock(nn.Module):
         if len(modules) != 2:
             return f"it has {len(modules)} modules, not a conv and its norm"
         return chain_reason([ConvBN(*modules)], ())  # type: ignore[arg-type]  # of which kind they are, it asks
+
+    def modules_of_chain(self) -> tuple[nn.Module, ...]:
+        """Every module that the block's chain replaces, in order."""
+        return modules_of(self.pairs, self.projection, [self.relu])
 
     def reason(self) -> str | None:
         """Why this block runs its modules one by one instead of fused, or None."""

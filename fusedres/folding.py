@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -19,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusedres import autocast, dispatch, native, ops
+from fusedres import dispatch, native, ops
 from fusedres.engines import ConvT, Engine, EvalChain, EvalRun, FoldedConv, LiveConv
-from fusedres.guards import Guard, all_hold
-from fusedres.inspection import checked_module, is_traced, is_transformed
+from fusedres.guards import Identity, all_unchanged
+from fusedres.inspection import checked_module
 from fusedres.layout import acc_dtype
 from fusedres.specs import ChainSpec, PoolSpec, UnitSpec
 
@@ -30,55 +29,47 @@ if TYPE_CHECKING:
     from fusedres.functional import ConvBN
 
 
-class _Entry(NamedTuple):
-    """A chain made to run, the calls it serves, those of any batch size, and what its tensors were (``_state``).
+class State(NamedTuple):
+    """What the tensors of a chain were, and every byte of them unless their version counters are to be believed."""
+
+    identities: tuple[Identity, ...]
+    fingerprint: int | None
+
+
+class Entry(NamedTuple):
+    """A chain made to run, the calls it serves, those of any batch size, and what its tensors were.
 
     No state where they are read at every call.
     """
 
     key: tuple[Any, ...]
-    state: tuple[Any, ...] | None
+    state: State | None
     run: EvalRun
 
-    def follows(self, conv: nn.Module, tensors: list[Tensor]) -> bool:
+    def follows(self, conv: nn.Module, tensors: tuple[Tensor, ...]) -> bool:
         """Whether the chain that begins with ``conv`` computes by what these tensors hold now."""
-        return self.state is None or self.state == _state(conv, tensors)
-
-
-class _Call(NamedTuple):
-    """What of a call the folded form depends on beside the modules. ``shortcut``: its kind."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-    shortcut: str
-    relu: bool
-    is_autocast: bool
-    engine: str | None
-
-
-class _Recalled(NamedTuple):
-    """A call that ran folded, and what must not have changed for the next one to be the same without another look."""
-
-    call: _Call
-    guards: tuple[Guard, ...]
-    tensors: list[Tensor]
-    entry: _Entry
+        if self.state is None:
+            return True
+        if self.state.fingerprint is None:
+            return all_unchanged(self.state.identities, tensors)
+        return self.state == _state(conv, tensors)
 
 
 #: The last folded form of each chain, by its first conv. Copies and pickles of a module do not carry it along.
-_entries: WeakKeyDictionary[nn.Module, _Entry] = WeakKeyDictionary()
-
-
-#: The last such call of each chain, by its first conv.
-_recalled: WeakKeyDictionary[nn.Module, _Recalled] = WeakKeyDictionary()
+_entries: WeakKeyDictionary[nn.Module, Entry] = WeakKeyDictionary()
 
 #: Folded forms that CUDA graphs were captured with, by first conv. A graph reads their weights as often as it is
 #: replayed and keeps nothing alive, so they stay as long as the module.
-_captured: WeakKeyDictionary[nn.Module, list[_Entry]] = WeakKeyDictionary()
+_captured: WeakKeyDictionary[nn.Module, list[Entry]] = WeakKeyDictionary()
 
-#: The first convs of chains whose parameters were declared final.
+#: The first convs of chains whose parameters were declared final, and how often that was done.
 _frozen: WeakSet[nn.Module] = WeakSet()
+_freezes = 0
+
+
+def freezes() -> int:
+    """How often something was frozen: a number that never comes again."""
+    return _freezes
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -89,10 +80,9 @@ def freeze(model: nn.Module) -> nn.Module:
     of the model are not frozen. A CUDA graph captured of a frozen model that had run before keeps the weights it was
     captured with, and them alive as long as the model. TypeError where ``model`` is no module.
     """
-    convs = [module for module in checked_module(model).modules() if isinstance(module, nn.Conv2d)]
-    _frozen.update(convs)
-    for conv in convs:
-        _recalled.pop(conv, None)
+    global _freezes
+    _frozen.update(module for module in checked_module(model).modules() if isinstance(module, nn.Conv2d))
+    _freezes += 1
     return model
 
 
@@ -112,8 +102,9 @@ def _sources(pair: ConvBN) -> tuple[Tensor | None, ...]:
     return conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var
 
 
-def _tensors(pairs: Sequence[ConvBN]) -> list[Tensor]:
-    return [t for pair in pairs for t in _sources(pair) if t is not None]
+def tensors_of(pairs: Sequence[ConvBN]) -> tuple[Tensor, ...]:
+    """Every tensor that the folded form of these convs and BNs depends on."""
+    return tuple(t for pair in pairs for t in _sources(pair) if t is not None)
 
 
 def run(
@@ -127,99 +118,49 @@ def run(
     live = None if conv in _frozen else _engine(x).compile_live(_live(spec, pairs), x.dtype)
     if live is not None:
         live = _pooled(live, pool)
-        _entries[conv] = _Entry(key, None, live)
+        _entries[conv] = Entry(key, None, live)
         return live(x, residual)
-    state = _state(conv, _tensors(pairs))
+    state = _state(conv, tensors_of(pairs))
     entry = _entries.get(conv)
     if entry is not None and state is not None and entry.key == key and entry.state == state:
-        _keep_for_graph(conv, entry, x)
+        keep_for_graph(conv, entry, x)
         return entry.run(x, residual)
-    if _is_capturing(x):  # the graph folds at every replay; before the first one there are no weights to be kept
+    if is_capturing(x):  # the graph folds at every replay; before the first one there are no weights to be kept
         return _compile(_fold(spec, pairs, pool, x.dtype), x)(x, residual)
     _entries.pop(conv, None)
-    entry = _Entry(key, state, _compile(_fold(spec, pairs, pool, x.dtype), x))
+    entry = Entry(key, state, _compile(_fold(spec, pairs, pool, x.dtype), x))
     if state is not None:
         _entries[conv] = entry
     return entry.run(x, residual)
 
 
-def recall(
-    x: Tensor, pairs: Sequence[ConvBN], shortcut: ConvBN | Tensor | None, relu: bool, activations: Sequence[nn.Module]
-) -> Tensor | None:
-    """The chain's output where this call is the last one again; None where it must be looked at anew.
-
-    Checking that nothing changed takes a tenth of the time of reading every setting.
-    """
-    if not _may_recall(x):
-        return None
-    last = _recalled.get(pairs[0].conv)
-    if (
-        last is None
-        or last.call != _call(x, shortcut, relu)
-        or type(x) is not Tensor
-        or not x.is_contiguous(memory_format=torch.channels_last)
-        or not all_hold(last.guards, _modules(pairs, shortcut, activations))
-        or not last.entry.follows(pairs[0].conv, last.tensors)
-    ):
-        return None
-    _keep_for_graph(pairs[0].conv, last.entry, x)
-    with autocast.suspended(x.device.type):
-        return last.entry.run(x, None)
+def entry_of(conv: nn.Module, x: Tensor) -> Entry | None:
+    """The folded form that the chain beginning with ``conv`` ran in on ``x``, if it was kept."""
+    entry = _entries.get(conv)
+    # Another thread may have left an entry of its own.
+    is_ours = entry is not None and entry.key[2:] == (x.shape[1:], x.dtype, x.device)
+    return entry if is_ours else None
 
 
-def _is_capturing(x: Tensor) -> bool:
+def is_capturing(x: Tensor) -> bool:
+    """Whether a CUDA graph is captured of what is called now."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _keep_for_graph(conv: nn.Module, entry: _Entry, x: Tensor) -> None:
+def keep_for_graph(conv: nn.Module, entry: Entry, x: Tensor) -> None:
     """While a CUDA graph is captured, keep what it will read."""
-    if _is_capturing(x) and not any(entry is kept for kept in _captured.setdefault(conv, [])):
+    if is_capturing(x) and not any(entry is kept for kept in _captured.setdefault(conv, [])):
         _captured[conv].append(entry)
 
 
-def remember(
-    x: Tensor, pairs: Sequence[ConvBN], shortcut: ConvBN | Tensor | None, relu: bool, activations: Sequence[nn.Module]
-) -> None:
-    """Make the call that just ran folded one to ``recall``, if such a call can be recalled at all."""
-    conv = pairs[0].conv
-    entry = _entries.get(conv)
-    is_other_tensor = isinstance(shortcut, Tensor) and shortcut is not x
-    # Another thread may have left an entry of its own.
-    is_ours = entry is not None and entry.key[2:] == (x.shape[1:], x.dtype, x.device)
-    if entry is None or not is_ours or is_other_tensor or not _may_recall(x) or _is_capturing(x):
-        _recalled.pop(conv, None)
-        return
-    guards = tuple(map(Guard.of, _modules(pairs, shortcut, activations)))
-    tensors = _tensors([*pairs, *([shortcut] if isinstance(shortcut, tuple) else [])])
-    _recalled[conv] = _Recalled(_call(x, shortcut, relu), guards, tensors, entry)
-
-
-def _may_recall(x: Tensor) -> bool:
-    """Under autocast only an input of its dtype enters a chain as it is."""
-    is_recorded = torch.compiler.is_compiling() or is_traced() or is_transformed()
-    return not (torch.is_grad_enabled() or is_recorded) and x.dtype == autocast.compute_dtype(x)
-
-
-def _call(x: Tensor, shortcut: ConvBN | Tensor | None, relu: bool) -> _Call:
-    kind = "input" if shortcut is x else type(shortcut).__name__
-    return _Call(x.shape, x.dtype, x.device, kind, relu, autocast.is_on(x.device.type), dispatch.forced())
-
-
-def _modules(
-    pairs: Sequence[ConvBN], shortcut: ConvBN | Tensor | None, activations: Sequence[nn.Module]
-) -> tuple[nn.Module, ...]:
-    """Every module that takes part, in order."""
-    return (*chain.from_iterable(pairs), *(shortcut if isinstance(shortcut, tuple) else ()), *activations)
-
-
-def _state(conv: nn.Module, tensors: list[Tensor]) -> tuple[Any, ...] | None:
-    """Identity, version and, unless the chain that ``conv`` begins is frozen, every byte; None where none can tell."""
-    identity = [(t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in tensors]
+def _state(conv: nn.Module, tensors: tuple[Tensor, ...]) -> State | None:
+    """What the tensors are, every byte unless the chain that ``conv`` begins is frozen; None where none can tell."""
+    identities = tuple(map(Identity.of, tensors))
     if conv in _frozen and not any(t.is_inference() for t in tensors):
-        return identity, None
+        return State(identities, None)
     if native.missing is not None or not all(t.is_cpu for t in tensors):
         return None
-    return identity, torch.ops.fusedres_cpu.fingerprint(tensors).item()
+    return State(identities, torch.ops.fusedres_cpu.fingerprint(tensors).item())
 
 
 def _chain(spec: ChainSpec, convs: list[ConvT]) -> EvalChain[ConvT]:

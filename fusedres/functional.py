@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusedres import autocast, folding
+from fusedres import autocast, folding, recall
 from fusedres.autograd import chain, stem_chain
 from fusedres.distributed import sync_group
 from fusedres.inspection import (
@@ -108,7 +108,7 @@ def residual_chain(
     ``shortcut``: ``x`` itself (identity), another tensor, a projection, or None. ``unfused(x)`` computes the same with
     the modules one by one; it runs where fusing cannot honour them. ``activations`` are the ReLU modules replaced.
     """
-    recalled = folding.recall(x, pairs, shortcut, relu, activations) if isinstance(x, Tensor) else None
+    recalled = recall.recall(x, pairs, shortcut, relu, activations) if isinstance(x, Tensor) else None
     if recalled is not None:
         return recalled
     projection = shortcut if isinstance(shortcut, ConvBN) else None
@@ -136,7 +136,7 @@ def residual_chain(
             tensors = [unit_tensors(p) for p in convs]
             y = chain(spec, x, given, tensors[: len(pairs)], tensors[-1] if projection else None)
     if is_folded and x is x_format:
-        folding.remember(x, pairs, shortcut, relu, activations)
+        recall.remember(x, pairs, shortcut, relu, activations)
     return _leaving(y, x_format)
 
 
@@ -243,7 +243,7 @@ def stem(x: Tensor, conv: nn.Conv2d, bn: nn.Module, relu: nn.Module, maxpool: nn
     if is_transformed() or not _is_fusable_input(x, [pair]):
         return maxpool(conv_bn_relu(x, conv, bn, relu))
     x = channels_last(x)
-    recalled = folding.recall(x, [pair], None, True, activations)
+    recalled = recall.recall(x, [pair], None, True, activations)
     if recalled is not None:
         return recalled
     if pool_reason(maxpool) is not None or chain_reason([pair], [relu]) is not None:
@@ -256,7 +256,7 @@ def stem(x: Tensor, conv: nn.Conv2d, bn: nn.Module, relu: nn.Module, maxpool: nn
             return stem_chain(unit, pool, entering, unit_tensors(pair))
         y = folding.run(spec, entering, None, [pair], pool)
     if entering is x:
-        folding.remember(x, [pair], None, True, activations)
+        recall.remember(x, [pair], None, True, activations)
     return y
 
 

@@ -6,12 +6,16 @@ What a plain module computes follows from its class, its attributes and its tens
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ctypes
+import functools
+from collections.abc import Callable
 from operator import is_
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from fusedres import native
 from fusedres.inspection import has_global_hooks
 
 
@@ -61,9 +65,42 @@ class Guard(NamedTuple):
         )
 
 
-def all_hold(guards: Sequence[Guard], modules: Sequence[nn.Module]) -> bool:
+class Identity(NamedTuple):
+    """What tells one content of a tensor from another, but for writes past its version counter."""
+
+    address: int
+    dtype: torch.dtype
+    version: int
+
+    @classmethod
+    def of(cls, t: Tensor) -> Identity:
+        """Of any tensor; one born in inference mode counts no versions."""
+        return cls(t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version)
+
+    def holds(self, t: Tensor) -> bool:
+        """Whether the content of ``t`` is that one still."""
+        return not t.is_inference() and self == Identity.of(t)
+
+
+def all_hold(guards: tuple[Guard, ...], modules: tuple[nn.Module, ...]) -> bool:
     """Whether ``modules`` are the guarded ones, none changed, and no hook is attached to all modules at once."""
-    return len(guards) == len(modules) and not has_global_hooks() and all(map(Guard.holds, guards, modules))
+    return not has_global_hooks() and bool(_all("fusedres_guards_hold", Guard.holds)(guards, modules))
+
+
+def all_unchanged(identities: tuple[Identity, ...], tensors: tuple[Tensor, ...]) -> bool:
+    """Whether each of ``tensors`` counts versions, and holds what it held."""
+    return bool(_all("fusedres_tensors_hold", Identity.holds)(identities, tensors))
+
+
+@functools.cache
+def _all(name: str, question: Callable[[Any, Any], bool]) -> Callable[[tuple[Any, ...], tuple[Any, ...]], int]:
+    """``question(of, thing)`` of every pair: ``name`` of csrc/guards.cpp, or Python where that was not built."""
+    path = native.library_path()
+    function = None if native.missing is not None or path is None else getattr(ctypes.PyDLL(str(path)), name, None)
+    if function is None:
+        return lambda of, things: len(of) == len(things) and all(map(question, of, things))
+    function.argtypes = [ctypes.py_object, ctypes.py_object]
+    return function
 
 
 class Structure(NamedTuple):

@@ -14,7 +14,7 @@ import torch
 from oracles import assert_accurate, batch, block_twins, needs_native, ops_called, output_results, shake
 from torch import Tensor, nn
 
-from fusedres import FusedBasicBlock, FusedBottleneck, FusedConvBNReLU, folding
+from fusedres import FusedBasicBlock, FusedBottleneck, FusedConvBNReLU, folding, recall
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -155,7 +155,7 @@ def test_a_repeated_call_is_recalled_and_another_is_not(engine: str) -> None:
     x = batch(2, 8, 6, 5)
 
     def recalled(x: Tensor) -> bool:
-        return folding.recall(x, pairs, projection, True, [block.relu]) is not None
+        return recall.recall(x, pairs, projection, True, [block.relu]) is not None
 
     assert not recalled(x)
     y = block(x)
@@ -332,7 +332,7 @@ def test_what_a_cuda_graph_reads_stays_and_what_it_folds_is_not_kept(
 
     def weights(is_captured: bool) -> weakref.ref[Callable]:
         with monkeypatch.context() as patch:
-            patch.setattr(folding, "_is_capturing", lambda x: is_captured)
+            patch.setattr(folding, "is_capturing", lambda x: is_captured)
             blocks[0](x)
         return weakref.ref(folding._entries[blocks[0].conv1].run)
 
@@ -344,7 +344,7 @@ def test_what_a_cuda_graph_reads_stays_and_what_it_folds_is_not_kept(
     launched = weights(is_captured=False)
     assert not survives_another_size(launched)
     weights(is_captured=False)
-    folding._recalled.clear()
+    recall._chains.clear()
     looked_at_anew = weights(is_captured=True)
     assert survives_another_size(looked_at_anew)
     weights(is_captured=False)

@@ -59,16 +59,16 @@ def test_a_hook_removed_again_makes_it_hold_again() -> None:
 
 def test_a_global_hook_breaks_all() -> None:
     relu = nn.ReLU()
-    guards = [Guard.of(relu)]
-    assert all_hold(guards, [relu])
-    assert not all_hold(guards, [nn.ReLU()])
-    assert not all_hold(guards, [])
+    guards = (Guard.of(relu),)
+    assert all_hold(guards, (relu,))
+    assert not all_hold(guards, (nn.ReLU(),))
+    assert not all_hold(guards, ())
     handle = module_globals.register_module_forward_hook(lambda *_: None)
     try:
-        assert not all_hold(guards, [relu])
+        assert not all_hold(guards, (relu,))
     finally:
         handle.remove()
-    assert all_hold(guards, [relu])
+    assert all_hold(guards, (relu,))
 
 
 def test_a_change_inside_a_tensor_is_for_others_to_see() -> None:

@@ -1,0 +1,188 @@
+"""The same call again: what ran folded the last time runs once more without another look at any setting.
+
+Checking that nothing changed takes a tenth of the time of reading every setting of a block. A network of chains, one
+behind another, is checked at once.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from fusedres import autocast, dispatch, folding
+from fusedres.guards import Guard, all_hold
+from fusedres.inspection import is_traced, is_transformed
+from fusedres.layout import channels_last
+
+if TYPE_CHECKING:
+    from fusedres.functional import ConvBN
+
+Modules = tuple[nn.Module, ...]
+
+
+class _Call(NamedTuple):
+    """What of a call the folded form depends on beside the modules. ``shortcut``: its kind."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    shortcut: str
+    relu: bool
+    is_autocast: bool
+    engine: str | None
+    freezes: int
+
+    @classmethod
+    def of(cls, x: Tensor, shortcut: ConvBN | Tensor | None, relu: bool) -> _Call:
+        kind = "input" if shortcut is x else type(shortcut).__name__
+        is_autocast = autocast.is_on(x.device.type)
+        return cls(x.shape, x.dtype, x.device, kind, relu, is_autocast, dispatch.forced(), folding.freezes())
+
+
+class _Recalled(NamedTuple):
+    """A call that ran folded, and what must not have changed for the next one to be the same without another look."""
+
+    call: _Call
+    guards: tuple[Guard, ...]
+    tensors: tuple[Tensor, ...]
+    entry: folding.Entry
+
+
+class _Network(NamedTuple):
+    """A network's call that was nothing but recalled chains: its modules but for itself, and those chains."""
+
+    call: _Call
+    modules: Modules
+    guards: tuple[Guard, ...]  # its own first
+    firsts: tuple[nn.Module, ...]  # the first conv of each chain
+    chains: tuple[_Recalled, ...]
+
+
+#: The last such call of each chain, by its first conv, and of each network. Copies and pickles of a module do not carry
+#: it along.
+_chains: WeakKeyDictionary[nn.Module, _Recalled] = WeakKeyDictionary()
+_networks: WeakKeyDictionary[nn.Module, _Network] = WeakKeyDictionary()
+
+#: How often the call of a network was noted. One that changes all the time is not worth it.
+_notes: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+_MOST_NOTES = 8
+
+
+class _Running(threading.local):
+    """The modules of every chain recalled since a network began, while one runs."""
+
+    recalled: list[Modules] | None = None
+
+
+_running = _Running()
+
+
+def modules_of(pairs: Sequence[ConvBN], shortcut: ConvBN | Tensor | None, activations: Sequence[nn.Module]) -> Modules:
+    """Every module that takes part in a chain, in order."""
+    return (*chain.from_iterable(pairs), *(shortcut if isinstance(shortcut, tuple) else ()), *activations)
+
+
+def recall(
+    x: Tensor, pairs: Sequence[ConvBN], shortcut: ConvBN | Tensor | None, relu: bool, activations: Sequence[nn.Module]
+) -> Tensor | None:
+    """The chain's output where this call is the last one again; None where it must be looked at anew."""
+    if not _may_recall(x):
+        return None
+    last = _chains.get(pairs[0].conv)
+    modules = modules_of(pairs, shortcut, activations)
+    if (
+        last is None
+        or last.call != _Call.of(x, shortcut, relu)
+        or type(x) is not Tensor
+        or not x.is_contiguous(memory_format=torch.channels_last)
+        or not all_hold(last.guards, modules)
+        or not last.entry.follows(pairs[0].conv, last.tensors)
+    ):
+        return None
+    if _running.recalled is not None:
+        _running.recalled.append(modules)
+    folding.keep_for_graph(pairs[0].conv, last.entry, x)
+    with autocast.suspended(x.device.type):
+        return last.entry.run(x, None)
+
+
+def remember(
+    x: Tensor, pairs: Sequence[ConvBN], shortcut: ConvBN | Tensor | None, relu: bool, activations: Sequence[nn.Module]
+) -> None:
+    """Make the call that just ran folded one to ``recall``, if such a call can be recalled at all."""
+    conv = pairs[0].conv
+    entry = folding.entry_of(conv, x)
+    is_other_tensor = isinstance(shortcut, Tensor) and shortcut is not x
+    if entry is None or is_other_tensor or not _may_recall(x) or folding.is_capturing(x):
+        _chains.pop(conv, None)
+        return
+    guards = tuple(map(Guard.of, modules_of(pairs, shortcut, activations)))
+    tensors = folding.tensors_of([*pairs, *([shortcut] if isinstance(shortcut, tuple) else [])])
+    _chains[conv] = _Recalled(_Call.of(x, shortcut, relu), guards, tensors, entry)
+
+
+def network(
+    net: nn.Module, x: Tensor, forward: Callable[[Tensor], Tensor], chains: Callable[[], Sequence[Modules] | None]
+) -> Tensor:
+    """``forward(x)``, where nothing has changed since it was nothing but recalled chains these alone, one by one.
+
+    x: (N, C, H, W). ``forward`` must depend on ``net``, its attributes and modules alone. ``chains``: the modules of
+    each chain that it runs, if it runs nothing else.
+    """
+    if not isinstance(x, Tensor) or type(x) is not Tensor or not _may_recall(x) or folding.is_capturing(x):
+        return forward(x)
+    again = _again(net, x)
+    if again is not None:
+        return again
+    outer, _running.recalled = _running.recalled, []
+    try:
+        y = forward(x)
+        recalled = _running.recalled
+    finally:
+        _running.recalled = outer
+    if recalled and _notes.get(net, 0) < _MOST_NOTES and recalled == chains():
+        _note(net, x, recalled)
+    return y
+
+
+def _again(net: nn.Module, x: Tensor) -> Tensor | None:
+    last = _networks.get(net)
+    if (
+        last is None
+        or last.call != _Call.of(x, None, True)
+        or not all_hold(last.guards, (net, *last.modules))
+        or not all(map(_follows, last.firsts, last.chains))
+    ):
+        return None
+    with autocast.suspended(x.device.type):
+        x = channels_last(x)
+        for link in last.chains:
+            x = link.entry.run(x, None)
+    return x
+
+
+def _follows(conv: nn.Module, link: _Recalled) -> bool:
+    return link.entry.follows(conv, link.tensors)
+
+
+def _note(net: nn.Module, x: Tensor, chains: Sequence[Modules]) -> None:
+    modules = tuple(dict.fromkeys(m for m in net.modules() if m is not net))
+    firsts = tuple(of_chain[0] for of_chain in chains)
+    links = [_chains.get(conv) for conv in firsts]
+    if None in links:  # another thread let go of it
+        return
+    guards = tuple(map(Guard.of, (net, *modules)))
+    _networks[net] = _Network(_Call.of(x, None, True), modules, guards, firsts, tuple(filter(None, links)))
+    _notes[net] = _notes.get(net, 0) + 1
+
+
+def _may_recall(x: Tensor) -> bool:
+    """Under autocast only an input of its dtype enters a chain as it is."""
+    is_recorded = torch.compiler.is_compiling() or is_traced() or is_transformed()
+    return not (torch.is_grad_enabled() or is_recorded) and x.dtype == autocast.compute_dtype(x)
