@@ -197,7 +197,7 @@ def packed_for(input_size, w, geometry):
 
 
 @pytest.mark.parametrize("is_packed", [True, False])
-@pytest.mark.parametrize("width", [8, 24])  # its 3x3 conv by the direct sum, by Winograd's
+@pytest.mark.parametrize("width", [4, 8, 24])  # its 3x3 conv with merged columns, by the direct sum, by Winograd's
 @pytest.mark.parametrize("n", [1, 2, 3, 9])
 @pytest.mark.parametrize("shortcut", ["none", "identity", "tensor", "projection"])
 def test_a_chain_is_its_convs_and_batch_norms_one_by_one(n, shortcut, width, is_packed):

@@ -76,11 +76,23 @@ struct Step {
   int64_t out_elements() const { return conv.output().numel(); }
 };
 
+// Every conv of the chain on one image, a projection last.
+std::vector<Conv> convs_of_image(const Chain& chain) {
+  const Activation in = check_activation(chain.x, "x");
+  std::vector<Conv> convs;
+  Activation at{1, in.C, in.H, in.W};
+  for (int64_t i = 0; i < chain.length() + chain.projection; ++i) {
+    if (i == chain.length()) at = {1, in.C, in.H, in.W};
+    const Geometry g = Geometry::of(chain.geometry, i);
+    convs.push_back(check_conv(chain.weights[i], at, chain.x.scalar_type(), g.stride, g.padding, g.dilation));
+    at = convs.back().output();
+  }
+  return convs;
+}
+
 template <typename T>
-Step step_of(const Chain& chain, int64_t i, const Activation& in) {
-  const Geometry g = Geometry::of(chain.geometry, i);
+Step step_of(const Chain& chain, int64_t i, const Conv& conv) {
   const ScalarType dtype = chain.x.scalar_type();
-  const Conv conv = check_conv(chain.weights[i], {1, in.C, in.H, in.W}, dtype, g.stride, g.padding, g.dilation);
   const ConvPlan plan = fprop_plan<T>(conv, 1, Weights::kPacked);
   MaybeTensor scratch;
   if (chain.packed.empty()) scratch = new_tensor({plan.packed_elements()}, dtype);
@@ -90,18 +102,15 @@ Step step_of(const Chain& chain, int64_t i, const Activation& in) {
 // Large maps of a whole batch leave the caches between two convs, those of one image do not: each thread takes an image
 // through the whole chain.
 template <typename T>
-Tensor image_by_image(const Chain& chain) {
+Tensor image_by_image(const Chain& chain, const std::vector<Conv>& convs) {
   const ScalarType dtype = chain.x.scalar_type();
-  const Activation in = check_activation(chain.x, "x");
+  const Activation in = check_activation(chain.x, "x"), at = convs[chain.length() - 1].output();
   std::vector<Step> steps;
-  Activation at = in;
-  int64_t most = 0;
-  for (int64_t i = 0; i < chain.length(); ++i) {
-    steps.push_back(step_of<T>(chain, i, at));
-    at = steps.back().conv.output();
+  int64_t most = 0;  // elements between two convs
+  for (int64_t i = 0; i < static_cast<int64_t>(convs.size()); ++i) {
+    steps.push_back(step_of<T>(chain, i, convs[i]));
     if (i + 1 < chain.length()) most = std::max(most, steps.back().out_elements());
   }
-  if (chain.projection) steps.push_back(step_of<T>(chain, chain.length(), in));
   const Tensor y = new_activation({in.N, at.C, at.H, at.W}, dtype);
   require(!chain.projection || steps.back().out_elements() == at.numel(), "the projection does not give ", describe(y));
   if (chain.residual) check_like(*chain.residual, "residual", y, "the output");
@@ -140,13 +149,15 @@ Tensor image_by_image(const Chain& chain) {
   return y;
 }
 
-// Few pixels leave a panel of weights no time to arrive, few images leave threads without work.
-bool suits_image_by_image(const Chain& chain) {
+// Few pixels leave a panel of weights no time to arrive, few images leave threads without work. Convs that merge
+// columns read padding that must be written out.
+bool suits_image_by_image(const Chain& chain, const std::vector<Conv>& convs) {
   constexpr int64_t kPixels = 600;
   const Activation in = check_activation(chain.x, "x");
   const int64_t workers = torch::stable::get_num_threads();
   const bool shares_evenly = in.N % workers == 0 || in.N >= 4 * workers;
-  return chain.length() > 1 && in.H * in.W >= kPixels && in.C >= 8 && shares_evenly;
+  return chain.length() > 1 && in.H * in.W >= kPixels && shares_evenly &&
+         std::none_of(convs.begin(), convs.end(), merges_columns);
 }
 
 // What one conv and its BN hold per channel; an absent vector has no elements.
@@ -207,7 +218,8 @@ Tensor eval_chain(const Tensor& x, const MaybeTensor& residual, const std::vecto
                                      weights[i].size(0)));
     }
     const Chain chain{x, residual, weights, packed, affines, geometry, identity, projection, relu};
-    y = suits_image_by_image(chain) ? image_by_image<T>(chain) : conv_by_conv<T>(chain);
+    const std::vector<Conv> convs = convs_of_image(chain);
+    y = suits_image_by_image(chain, convs) ? image_by_image<T>(chain, convs) : conv_by_conv<T>(chain);
   });
   return y;
 }
