@@ -15,6 +15,7 @@ STABLE_TORCH_LIBRARY_IMPL(fusedres_cpu, CPU, m) {
   m.impl("scale_shift_add_relu", TORCH_BOX(&scale_shift_add_relu));
   m.impl("drelu_dbn", TORCH_BOX(&drelu_dbn));
   m.impl("drelu_dbn_", TORCH_BOX(&drelu_dbn_inplace));
+  m.impl("drelu_dbn_by_output_", TORCH_BOX(&drelu_dbn_by_output_inplace));
   m.impl("dbn", TORCH_BOX(&dbn));
   m.impl("bn_relu_maxpool", TORCH_BOX(&bn_relu_maxpool));
   m.impl("bn_relu_maxpool_backward", TORCH_BOX(&bn_relu_maxpool_backward));

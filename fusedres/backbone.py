@@ -16,6 +16,7 @@ from fusedres import functional, recall
 from fusedres.blocks import FusedBasicBlock, FusedBottleneck
 from fusedres.inspection import is_transformed, plain_reason
 from fusedres.layout import channels_last
+from fusedres.stages import run_stage
 
 _SHARED_CFG: dict[str, Any] = {
     "interpolation": "bilinear",
@@ -79,6 +80,7 @@ class Backbone(nn.Module):
         self.default_cfg = self.pretrained_cfg = dict(self.cfg)
         self.feature_info: list[dict[str, Any]] = []
         self.grad_checkpointing = False
+        self.chained_blocks: bool | None = None
         self.drop_rate = 0.0
         self._global_pool = "avg"
 
@@ -112,6 +114,14 @@ class Backbone(nn.Module):
         Running statistics move once a step, as they do without (under timm's own checkpointing they move twice).
         """
         self.grad_checkpointing = enable
+
+    def set_chained_blocks(self, enable: bool | None = True) -> None:
+        """Run the blocks of a stage in common autograd Functions while training; None: on engines that gain by it.
+
+        The backward then writes and reads the gradient between two blocks once less. A stage whose blocks are not all
+        fused, or have hooks, is run block by block.
+        """
+        self.chained_blocks = enable
 
     def forward_features(self, x: Tensor) -> Tensor:
         """x (N, C, H, W) -> the last stage's map (N, num_features, P, Q), channels_last."""
@@ -217,7 +227,7 @@ class Backbone(nn.Module):
 
     def _run(self, stage: nn.Module, x: Tensor) -> Tensor:
         if not self.grad_checkpointing:
-            return stage(x)
+            return run_stage(stage, x, self.chained_blocks)
         for block in stage if isinstance(stage, nn.Sequential) else [stage]:
             x = _checkpointed(block, x)
         return x

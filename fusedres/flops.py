@@ -26,7 +26,7 @@ def conv_fprop_flops(
     return ConvProblem.of(torch.Size(x), torch.Size(w), *geometry[:4]).flops
 
 
-@register_flop_formula(_ops.conv_dgrad)
+@register_flop_formula((_ops.conv_dgrad, _ops.conv_dgrad_drelu_dbn))
 def conv_dgrad_flops(
     g: Shape,
     z: Any,

@@ -113,10 +113,10 @@ def residual_chain(
         return recalled
     projection = shortcut if isinstance(shortcut, ConvBN) else None
     convs = [*pairs, *([projection] if projection else [])]
-    if chain_reason(convs, activations) is not None or not _is_fusable_input(x, convs):
+    if chain_reason(convs, activations) is not None or not is_fusable_input(x, convs):
         return unfused(x)
     units = [unit_spec(pair) for pair in convs]
-    shape = _check(x, pairs, units, shortcut)
+    shape = check_chain(x, pairs, units, shortcut)
     residual: Residual = "none"
     given = None
     if projection:
@@ -151,7 +151,7 @@ def chain_reason(convs: Sequence[ConvBN], activations: Sequence[nn.Module]) -> s
     return next(filter(None, (plain_reason(a, nn.ReLU) for a in activations)), None)
 
 
-def _is_fusable_input(x: Any, convs: Sequence[ConvBN]) -> bool:
+def is_fusable_input(x: Any, convs: Sequence[ConvBN]) -> bool:
     """Whether ``x`` is what fused kernels take at all; the modules refuse, or serve, anything else themselves."""
     if not (isinstance(x, Tensor) and x.dim() == 4 and x.is_floating_point() and x.layout == torch.strided):
         return False
@@ -174,7 +174,7 @@ def _leaving(y: Tensor, like: Tensor) -> Tensor:
     return y if like.is_contiguous(memory_format=torch.channels_last) else y.contiguous()
 
 
-def _check(
+def check_chain(
     x: Tensor, pairs: Sequence[ConvBN], units: Sequence[UnitSpec], shortcut: ConvBN | Tensor | None
 ) -> torch.Size:
     """The chain's output shape. Refuses bad input before any statistics move; every message names shapes or dtypes.
@@ -240,7 +240,7 @@ def stem(x: Tensor, conv: nn.Conv2d, bn: nn.Module, relu: nn.Module, maxpool: nn
     network behind it stays so.
     """
     pair, activations = ConvBN(conv, bn), [relu, maxpool]
-    if is_transformed() or not _is_fusable_input(x, [pair]):
+    if is_transformed() or not is_fusable_input(x, [pair]):
         return maxpool(conv_bn_relu(x, conv, bn, relu))
     x = channels_last(x)
     recalled = recall.recall(x, [pair], None, True, activations)
@@ -249,7 +249,7 @@ def stem(x: Tensor, conv: nn.Conv2d, bn: nn.Module, relu: nn.Module, maxpool: nn
     if pool_reason(maxpool) is not None or chain_reason([pair], [relu]) is not None:
         return maxpool(conv_bn_relu(x, conv, bn, relu))
     unit, pool, entering = unit_spec(pair), _pool_spec(maxpool), _entering(x)
-    _check(x, [pair], [unit], None)
+    check_chain(x, [pair], [unit], None)
     with autocast.suspended(x.device.type):
         spec = ChainSpec((unit,), None, "none", True, "standard")
         if not folding.serves(spec, entering, None, [pair]):

@@ -23,6 +23,9 @@ _CPU_SCHEMAS = (
     " -> (Tensor, Tensor, Tensor)",
     # The dgrad epilogue: dx *= (scale*prev_z + shift > 0) in place, returns prev_sums (2, C).
     "drelu_dbn_(Tensor(a!) dx, Tensor prev_z, Tensor prev_bn) -> Tensor",
+    # drelu_dbn in place on dy: returns sums and residual_sums.
+    "drelu_dbn_by_output_(Tensor(a!) dy, Tensor y, Tensor? z, Tensor? bn, Tensor? residual_z, Tensor? residual_bn)"
+    " -> (Tensor, Tensor)",
     "dbn(Tensor g, Tensor z, Tensor bn, Tensor sums, float inv_count) -> Tensor",
     "bn_relu_maxpool(Tensor z, Tensor bn, int kernel_size, int stride, int padding) -> (Tensor, Tensor)",
     "bn_relu_maxpool_backward(Tensor dy, Tensor tap, Tensor z, Tensor bn, int kernel_size, int stride, int padding,"

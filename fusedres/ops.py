@@ -139,6 +139,42 @@ def conv_dgrad(
 
 
 @_register(
+    "conv_dgrad_drelu_dbn(Tensor g, Tensor? z, Tensor? bn, Tensor? sums, Scalar inv_count, Tensor w,"
+    " SymInt[2] input_size, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, Tensor residual,"
+    " Tensor y, Tensor? prev_z, Tensor? prev_bn, Tensor? side_z, Tensor? side_bn)"
+    " -> (Tensor g, Tensor sums, Tensor residual_sums)"
+)
+def conv_dgrad_drelu_dbn(
+    g: Tensor,
+    z: Tensor | None,
+    bn: Tensor | None,
+    sums: Tensor | None,
+    inv_count: float,
+    w: Tensor,
+    input_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    residual: Tensor,
+    y: Tensor,
+    prev_z: Tensor | None,
+    prev_bn: Tensor | None,
+    side_z: Tensor | None,
+    side_bn: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From a block's first conv over the border to the block before: ``conv_dgrad`` plus ``residual`` (N, C, H, W), and
+    of that gradient ``drelu_dbn`` in the conv's input ``y``, which is the other block's output.
+
+    ``prev_z, prev_bn`` are the last conv and BN of the block before, ``side_z, side_bn`` those of its projection.
+    """
+    c = w.shape[1] * groups
+    prev_sums = _acc(g, SUM_ROWS if prev_z is not None else 1, c)
+    side_sums = _acc(g, SUM_ROWS, c) if side_z is not None else _acc(g, 0)
+    return new_activation(g, (g.shape[0], c, *input_size)), prev_sums, side_sums
+
+
+@_register(
     "conv_wgrad(Tensor g, Tensor? z, Tensor? bn, Tensor? sums, Scalar inv_count, Tensor x, Tensor? in_bn,"
     " SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> Tensor"
 )

@@ -170,6 +170,30 @@ def conv_dgrad(
     return _input_gradient(dx, residual, residual_stride, prev_z, prev_bn)
 
 
+def conv_dgrad_drelu_dbn(
+    g: Tensor,
+    z: Tensor | None,
+    bn: Tensor | None,
+    sums: Tensor | None,
+    inv_count: float,
+    w: Tensor,
+    input_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    residual: Tensor,
+    y: Tensor,
+    prev_z: Tensor | None,
+    prev_bn: Tensor | None,
+    side_z: Tensor | None,
+    side_bn: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    conv = (w, input_size, stride, padding, dilation, groups)
+    dx, _ = conv_dgrad(g, z, bn, sums, inv_count, *conv, residual, (1, 1), None, None)
+    return drelu_dbn(dx, y, prev_z, prev_bn, side_z, side_bn)
+
+
 def conv_wgrad(
     g: Tensor,
     z: Tensor | None,

@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fusedres.kernels import configs
-from fusedres.kernels.conv_dgrad import conv_dgrad
+from fusedres.kernels.conv_dgrad import conv_dgrad, conv_dgrad_drelu_dbn
 from fusedres.kernels.conv_fprop import conv_fprop
 from fusedres.kernels.conv_wgrad import conv_wgrad
 from fusedres.kernels.launch import Launch, recording
@@ -104,6 +104,14 @@ def dgrad_calls(o: Operands) -> Iterator[tuple[str, tuple[Any, ...]]]:
     yield "drelu", (*lazy, None, (1, 1), o.x, o.in_bn)
 
 
+def border_calls(o: Operands) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """(form, arguments) of every way in which the networks call ``conv_dgrad_drelu_dbn``: from pointwise convs."""
+    p = o.problem
+    if p.stride == (1, 1):
+        lazy = (o.y, o.y, o.bn, o.sums, 1 / p.gemm_m, o.w, (p.H, p.W), *o.geometry)
+        yield "stored", (*lazy, o.x, o.x, o.x, o.in_bn, None, None)
+
+
 def wgrad_calls(o: Operands) -> Iterator[tuple[str, tuple[Any, ...]]]:
     """(form, arguments) of every way in which the networks call ``conv_wgrad``."""
     p = o.problem
@@ -115,6 +123,7 @@ def wgrad_calls(o: Operands) -> Iterator[tuple[str, tuple[Any, ...]]]:
 OPS = (
     ("conv_fprop", conv_fprop, fprop_calls),
     ("conv_dgrad", conv_dgrad, dgrad_calls),
+    ("conv_dgrad_drelu_dbn", conv_dgrad_drelu_dbn, border_calls),
     ("conv_wgrad", conv_wgrad, wgrad_calls),
 )
 

@@ -31,6 +31,7 @@ from fusedres.kernels.launch import (
 )
 from fusedres.kernels.prologue import bn_scale_shift, gradient_form, gradient_vectors, load_gradient
 from fusedres.kernels.reduce import sum_parts
+from fusedres.kernels.sums import ROWS, merge_sums
 from fusedres.kernels.tile import cast, channels_of, divisor, dot, pixel_of, row_offset, tile_of
 from fusedres.layout import BN_ROWS, SUM_ROWS, channels_last, new_activation
 from fusedres.problem import ConvProblem, out_size
@@ -50,6 +51,14 @@ def taps_of_class(phase, TAPS: tl.constexpr, STRIDE: tl.constexpr, DIL: tl.const
         return first, (TAPS - first + STEP - 1) // STEP
 
 
+@triton.jit
+def _store_dgamma(to, g, z, bn, offsets, c, c_mask, mask):
+    """sum(g*(z - mean)) of a tile's columns, ``g`` (BLOCK_M, BLOCK_N) float32 as stored."""
+    z_tile = tl.load(z + offsets, mask=mask, other=0.0)
+    mean = tl.load(bn + c, mask=c_mask, other=0.0)
+    tl.store(to, tile_sums(g, z_tile, mean, mask)[1], mask=c_mask)
+
+
 @triton.jit(do_not_specialize=["w_div", "hw_div"])
 def conv_dgrad_kernel(
     g,  # (N, P, Q, K)
@@ -59,10 +68,13 @@ def conv_dgrad_kernel(
     inv_count,
     w,  # (K, R, S, C/groups)
     residual,  # (N, ceil(H/RES_H), ceil(W/RES_W), C)
+    y,  # (N, H, W, C)
     prev_z,  # (N, H, W, C)
     prev_bn,  # (4, C) float32
+    side_z,  # (N, H, W, C)
+    side_bn,  # (4, C) float32
     dx,  # (N, H, W, C)
-    parts,  # (tiles_m * classes, 2, C) float32
+    parts,  # (tiles_m * classes, 2 or by output 3, C) float32
     H,
     W,
     C,
@@ -101,6 +113,9 @@ def conv_dgrad_kernel(
     RES_H: tl.constexpr,
     RES_W: tl.constexpr,
     DRELU: tl.constexpr,
+    BY_OUTPUT: tl.constexpr,  # masked by y, the output of the block before, not by what prev_bn makes of prev_z
+    HAS_PREV: tl.constexpr,
+    HAS_SIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -190,7 +205,18 @@ def conv_dgrad_kernel(
             at = row_offset(grid_row, C, WIDE)[:, None] + c[None, :]
             on_grid = out_mask & ((h % RES_H == 0) & (v % RES_W == 0))[:, None]
         acc += tl.load(residual + at, mask=on_grid, other=0.0).to(tl.float32)
-    if DRELU:
+    if BY_OUTPUT:
+        closed = tl.load(y + offsets, mask=out_mask, other=0.0).to(tl.float32) <= 0
+        stored = cast(tl.where(closed, 0.0, acc), dx.dtype.element_ty)
+        tl.store(dx + offsets, stored, mask=out_mask)
+        stored = tl.where(out_mask, stored.to(tl.float32), 0.0)
+        out = parts + part.to(tl.int64) * (3 * C) + c
+        tl.store(out, tl.sum(stored, 0), mask=c_mask)
+        if HAS_PREV:
+            _store_dgamma(out + C, stored, prev_z, prev_bn, offsets, c, c_mask, out_mask)
+        if HAS_SIDE:
+            _store_dgamma(out + 2 * C, stored, side_z, side_bn, offsets, c, c_mask, out_mask)
+    elif DRELU:
         scale, shift = bn_scale_shift(prev_bn, c, C, c_mask)
         z_tile = tl.load(prev_z + offsets, mask=out_mask, other=0.0)
         stored = cast(drelu(acc, z_tile, scale[None, :], shift[None, :]), dx.dtype.element_ty)
@@ -229,6 +255,61 @@ def conv_dgrad(
     prev_bn: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """As ``fusedres.ops.conv_dgrad``, for float32, bfloat16 and float16."""
+    conv = (w, input_size, stride, padding, dilation, groups)
+    tail = (residual, residual_stride, None, prev_z, prev_bn, None, None)
+    dx, parts = _conv_dgrad(g, z, bn, sums, inv_count, *conv, *tail)
+    if prev_z is None:
+        return dx, parts.view(0)
+    c = dx.shape[1]
+    return dx, sum_parts(parts.view(-1, SUM_ROWS * c)).view(SUM_ROWS, c)
+
+
+def conv_dgrad_drelu_dbn(
+    g: Tensor,
+    z: Tensor | None,
+    bn: Tensor | None,
+    sums: Tensor | None,
+    inv_count: float,
+    w: Tensor,
+    input_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    residual: Tensor,
+    y: Tensor,
+    prev_z: Tensor | None,
+    prev_bn: Tensor | None,
+    side_z: Tensor | None,
+    side_bn: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``fusedres.ops.conv_dgrad_drelu_dbn``, for float32, bfloat16 and float16."""
+    conv = (w, input_size, stride, padding, dilation, groups)
+    dx, parts = _conv_dgrad(g, z, bn, sums, inv_count, *conv, residual, (1, 1), y, prev_z, prev_bn, side_z, side_bn)
+    return dx, *merge_sums(parts, prev_bn, side_bn)
+
+
+def _conv_dgrad(
+    g: Tensor,
+    z: Tensor | None,
+    bn: Tensor | None,
+    sums: Tensor | None,
+    inv_count: float,
+    w: Tensor,
+    input_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    residual: Tensor | None,
+    residual_stride: Sequence[int],
+    y: Tensor | None,
+    prev_z: Tensor | None,
+    prev_bn: Tensor | None,
+    side_z: Tensor | None,
+    side_bn: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(dx, and of each program the sums over its pixels: none, two rows, or with ``y`` the three of ``merge_sums``)."""
     size = (g.shape[0], w.shape[1] * groups, *input_size)
     problem = ConvProblem.of(torch.Size(size), w, stride, padding, dilation, groups)
     grid_size = [out_size(length, 1, step, 0, 1) for length, step in zip(input_size, residual_stride, strict=True)]
@@ -241,11 +322,15 @@ def conv_dgrad(
         sums=(sums, (SUM_ROWS, k), torch.float32),
         w=(w, w.shape, g.dtype),
         residual=(residual, (*size[:2], *grid_size), g.dtype),
+        y=(y, size, g.dtype),
         prev_z=(prev_z, size, g.dtype),
         prev_bn=(prev_bn, (BN_ROWS, problem.C), torch.float32),
+        side_z=(side_z, size, g.dtype),
+        side_bn=(side_bn, (BN_ROWS, problem.C), torch.float32),
     )
     check_pixels(problem)
-    g, z, w, residual, prev_z = (None if t is None else channels_last(t) for t in (g, z, w, residual, prev_z))
+    maps = (g, z, w, residual, y, prev_z, side_z)
+    g, z, w, residual, y, prev_z, side_z = (None if t is None else channels_last(t) for t in maps)
     assert g is not None
     assert w is not None
     dx = new_activation(g, size)
@@ -257,8 +342,9 @@ def conv_dgrad(
     gemm_m = problem.N * class_h * class_w
     tiles_m = cdiv(gemm_m, tile.block_m)
     tiles_n = blocks.count * cdiv(blocks.c, tile.block_n)
-    masks = prev_z is not None
-    parts = g.new_empty((tiles_m * classes if masks else 0, SUM_ROWS, problem.C), dtype=torch.float32)
+    masks = y is not None or prev_z is not None
+    rows = SUM_ROWS if y is None else ROWS.value
+    parts = g.new_empty((tiles_m * classes if masks else 0, rows, problem.C), dtype=torch.float32)
     step_h, jump_h = _step(problem.stride[0], problem.dilation[0])
     step_w, jump_w = _step(problem.stride[1], problem.dilation[1])
     if tiles_m:
@@ -272,8 +358,11 @@ def conv_dgrad(
             inv_count,
             w,
             residual,
+            y,
             prev_z,
             contiguous(prev_bn),
+            side_z,
+            contiguous(side_bn),
             dx,
             parts,
             problem.H,
@@ -303,10 +392,11 @@ def conv_dgrad(
             HAS_RESIDUAL=residual is not None,
             RES_H=residual_stride[0],
             RES_W=residual_stride[1],
-            DRELU=masks,
+            DRELU=prev_z is not None,
+            BY_OUTPUT=y is not None,
+            HAS_PREV=prev_z is not None,
+            HAS_SIDE=side_z is not None,
             PRECISION=precision(g.dtype),
             **tile_constants(tile),
         )
-    if not masks:
-        return dx, parts.view(0)
-    return dx, sum_parts(parts.view(-1, SUM_ROWS * problem.C)).view(SUM_ROWS, problem.C)
+    return dx, parts

@@ -225,6 +225,19 @@ def drelu_dbn(
     return _drelu_dbn(dy, y, z, bn, residual_z, residual_bn, None, new_activation(dy, dy.shape), False)
 
 
+def drelu_dbn_(
+    dy: Tensor,
+    y: Tensor,
+    z: Tensor | None,
+    bn: Tensor | None,
+    residual_z: Tensor | None,
+    residual_bn: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """``drelu_dbn`` in place on ``dy``, which must be dense channels_last: its sums."""
+    y, z, residual_z = (None if t is None else channels_last(t) for t in (y, z, residual_z))
+    return _drelu_dbn(dy, y, z, bn, residual_z, residual_bn, None, dy, False)[1:]
+
+
 def drelu_(dx: Tensor, z: Tensor, bn: Tensor, constant: Tensor | None = None) -> Tensor:
     """The backward of ``relu(scale*z + shift)``, in place on its gradient ``dx`` (N, C, H, W): sums (2, C) of its BN.
 

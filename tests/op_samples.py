@@ -129,6 +129,16 @@ def _conv_samples(make: Operands, name: str, problem: ConvProblem) -> Iterator[S
     yield Sample("conv_dgrad", f"{name}-drelu", (*plain, w, size, *geometry, None, (1, 1), x, in_bn))
     yield Sample("conv_dgrad", f"{name}-everything", (*lazy, w, size, *geometry, None, (1, 1), x, in_bn))
 
+    side = make.input(problem), make.bn(problem.C)
+    for label, gradient, tail in (
+        ("bare", plain, (None, None, None, None)),
+        ("stored", lazy, (x, in_bn, None, None)),
+        ("both", lazy, (x, in_bn, *side)),
+        ("side", constant, (None, None, *side)),
+    ):
+        border = (w, size, *geometry, residual, make.input(problem), *tail)
+        yield Sample("conv_dgrad_drelu_dbn", f"{name}-{label}", (*gradient, *border))
+
     kernel = (problem.R, problem.S)
     yield Sample("conv_wgrad", f"{name}-plain", (*plain, x, None, kernel, *geometry))
     yield Sample("conv_wgrad", f"{name}-activated", (*plain, x, in_bn, kernel, *geometry))

@@ -163,7 +163,13 @@ def test_drelu_dbn(size: tuple[int, ...], dtype: torch.dtype, branches: str, rel
         downsample = (r, bn_like(r, 4)) if branches in ("downsample", "both") else (None, None)
         return dy, (z + r).clamp_min(0) if relu else None, *main, *downsample
 
+    def in_place(dy: Tensor, y: Tensor, *branches: Tensor | None) -> tuple[Tensor, ...]:
+        masked = dy.clone(memory_format=torch.preserve_format)
+        return masked, *kernels.drelu_dbn_by_output_(masked, y, *branches)
+
     check(kernels.drelu_dbn, reference.drelu_dbn, arguments)
+    if relu:
+        check(in_place, reference.drelu_dbn, arguments)
 
 
 @sizes
@@ -311,6 +317,8 @@ def bad_calls() -> dict[str, tuple[Callable, ...]]:
         "y of another size": (drelu, z, z[:1], None, None, None, None),
         "residual_z without its bn": (drelu, z, None, None, None, z, None),
         "in place, other size": (kernels.drelu_dbn_, z, z[:1], bn),
+        "in place, y of another size": (kernels.drelu_dbn_by_output_, z, z[:1], None, None, None, None),
+        "in place, z without bn": (kernels.drelu_dbn_by_output_, z, z, z, None, None, None),
         "short sums": (kernels.dbn, z, z, bn, sums[:, :3].contiguous(), 0.1),
         "stats of one row": (finalize, sums[0], None, None, None, None, None, 0.1, 0.0),
         "stats in float16": (finalize, stats.half(), None, None, None, None, None, 0.1, 0.0),

@@ -55,11 +55,10 @@ std::vector<double> run(const BackwardTail& tail, Mask mask, int branches, int64
   });
 }
 
-}  // namespace
-
-std::tuple<Tensor, Tensor, Tensor> drelu_dbn(const Tensor& dy, const MaybeTensor& y, const MaybeTensor& z,
-                                             const MaybeTensor& bn, const MaybeTensor& residual_z,
-                                             const MaybeTensor& residual_bn) {
+// The masked gradient goes to `g`, like `dy`, or `dy` itself. Returns the sums of both branches.
+std::tuple<Tensor, Tensor> write_tail(const Tensor& dy, const Tensor& g, const MaybeTensor& y, const MaybeTensor& z,
+                                      const MaybeTensor& bn, const MaybeTensor& residual_z,
+                                      const MaybeTensor& residual_bn) {
   const Activation sizes = check_activation(dy, "dy");
   const ScalarType dtype = dy.scalar_type();
   if (y) check_like(*y, "y", dy, "dy");
@@ -73,7 +72,6 @@ std::tuple<Tensor, Tensor, Tensor> drelu_dbn(const Tensor& dy, const MaybeTensor
     check_like(*residual_z, "residual_z", dy, "dy");
     check_channels(*residual_bn, "residual_bn", dtype, 4, sizes.C);
   }
-  const Tensor g = new_activation(sizes, dtype);
   const Tensor sums = new_tensor({z ? 2 : 1, sizes.C}, acc_dtype(dtype));
   const Tensor residual_sums =
       residual_z ? new_tensor({2, sizes.C}, acc_dtype(dtype)) : new_tensor({0}, acc_dtype(dtype));
@@ -95,7 +93,23 @@ std::tuple<Tensor, Tensor, Tensor> drelu_dbn(const Tensor& dy, const MaybeTensor
                  mutable_data<Acc>(residual_sums));
     }
   });
+  return {sums, residual_sums};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> drelu_dbn(const Tensor& dy, const MaybeTensor& y, const MaybeTensor& z,
+                                             const MaybeTensor& bn, const MaybeTensor& residual_z,
+                                             const MaybeTensor& residual_bn) {
+  const Tensor g = new_activation(check_activation(dy, "dy"), dy.scalar_type());
+  const auto [sums, residual_sums] = write_tail(dy, g, y, z, bn, residual_z, residual_bn);
   return {g, sums, residual_sums};
+}
+
+std::tuple<Tensor, Tensor> drelu_dbn_by_output_inplace(const Tensor& dy, const Tensor& y, const MaybeTensor& z,
+                                                       const MaybeTensor& bn, const MaybeTensor& residual_z,
+                                                       const MaybeTensor& residual_bn) {
+  return write_tail(dy, dy, y, z, bn, residual_z, residual_bn);
 }
 
 Tensor drelu_dbn_inplace(const Tensor& dx, const Tensor& prev_z, const Tensor& prev_bn) {

@@ -29,6 +29,10 @@ std::tuple<Tensor, Tensor, Tensor> drelu_dbn(const Tensor& dy, const MaybeTensor
 
 Tensor drelu_dbn_inplace(const Tensor& dx, const Tensor& prev_z, const Tensor& prev_bn);
 
+std::tuple<Tensor, Tensor> drelu_dbn_by_output_inplace(const Tensor& dy, const Tensor& y, const MaybeTensor& z,
+                                                       const MaybeTensor& bn, const MaybeTensor& residual_z,
+                                                       const MaybeTensor& residual_bn);
+
 Tensor dbn(const Tensor& g, const Tensor& z, const Tensor& bn, const Tensor& sums, double inv_count);
 
 std::tuple<Tensor, Tensor> bn_relu_maxpool(const Tensor& z, const Tensor& bn, int64_t kernel_size, int64_t stride,

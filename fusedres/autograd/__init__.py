@@ -11,6 +11,7 @@ needs ``z`` only in products that the narrow input gives as well. Such a unit is
 """
 
 from fusedres.autograd.chain import chain
+from fusedres.autograd.stage import stage
 from fusedres.autograd.stem import stem_chain
 
-__all__ = ["chain", "stem_chain"]
+__all__ = ["chain", "stage", "stem_chain"]

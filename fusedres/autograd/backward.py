@@ -1,8 +1,9 @@
-"""The backward of a chain, from its last unit to its first."""
+"""The backward of a chain, from its last unit to its first, and on into the chain before it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from fusedres import ops
 from fusedres.autograd.needs import ChainNeeds
 from fusedres.autograd.unit import (
     Operand,
+    OutputGradient,
     ParameterDtypes,
     Saved,
     inv_count,
@@ -34,10 +36,31 @@ def chain_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, of the residual, and of the tensors of every unit in order, from that of the output and what the
     forward saved."""
-    return tuple(_ChainBackward(spec, needs, input_size, dtypes, saved).run(dy))
+    chain = ChainBackward(spec, needs, input_size, dtypes, saved)
+    tail = chain.tail(dy)
+    dx, _ = chain.run(tail, None)
+    return dx, tail.g if needs.residual else None, *chain.unit_gradients()
 
 
-class _ChainBackward:
+class Tail(NamedTuple):
+    """What the backward tail gives: the masked gradient at the last BN's output, that BN's sums, and a projection's."""
+
+    g: Tensor
+    sums: Tensor
+    side_sums: Tensor
+
+
+class TailOperands(NamedTuple):
+    """What the backward tail of a chain reads: its output, and (z, bn) of the last unit and of a projection."""
+
+    y: Tensor | None
+    z: Tensor | None
+    bn: Tensor | None
+    side_z: Tensor | None
+    side_bn: Tensor | None
+
+
+class ChainBackward:
     """Backward of one chain. ``g`` is always a masked gradient at a BN output, ``sums`` that BN's two sums."""
 
     def __init__(
@@ -60,21 +83,29 @@ class _ChainBackward:
         ]
         self.gradients: list[tuple[Tensor | None, ...]] = [() for _ in self.specs]
 
-    def run(self, dy: Tensor) -> Iterator[Tensor | None]:
-        """As ``chain_backward`` returns them."""
-        dy = channels_last(dy)
+    def tail(self, dy: Tensor) -> Tail:
+        """From the gradient of the chain's output."""
+        return Tail(*ops.drelu_dbn(channels_last(dy), *self.tail_operands()))
+
+    def tail_operands(self) -> TailOperands:
+        """Those of ``tail``, for whoever computes it on the way."""
         self._restore()
         main = self._stored(len(self.spec.units) - 1)
         side = self._stored(-1) if self.spec.residual == "projection" else (None, None)
-        g, sums, side_sums = ops.drelu_dbn(dy, self.y, *main, *side)
-        residual_gradient = g if self.needs.residual else None
-        shortcut, shortcut_stride = self._shortcut_gradient(g, sums, side_sums)
-        dx = self._chain_gradient(g, sums, shortcut, shortcut_stride)
-        yield dx
-        yield residual_gradient
-        for gradients in self.gradients:
-            yield from gradients
-            yield from (None,) * (len(UnitTensors._fields) - len(gradients))
+        return TailOperands(self.y, *main, *side)
+
+    def run(self, tail: Tail, before: TailOperands | None) -> tuple[Tensor | None, Tail | None]:
+        """(the gradient of x, None), or where x is the output of the chain ``before``, (None, that chain's tail).
+
+        Both None where nobody needs the gradient of x.
+        """
+        shortcut, shortcut_stride = self._shortcut_gradient(*tail)
+        return self._chain_gradient(tail.g, tail.sums, shortcut, shortcut_stride, before)
+
+    def unit_gradients(self) -> list[Tensor | None]:
+        """Gradients of the tensors of every unit in order, once all has run."""
+        absent = len(UnitTensors._fields)
+        return [t for unit in self.gradients for t in (*unit, *(None,) * (absent - len(unit)))]
 
     def _stored(self, i: int) -> tuple[Tensor | None, Tensor | None]:
         """(z, bn) of a stored unit, whose sums the backward tail takes along; nothing where they are not needed."""
@@ -122,21 +153,36 @@ class _ChainBackward:
             return self._stored_backward(i, g, side_sums, compact=True)[0], unit.stride
         return self._stored_backward(i, g, side_sums)[0], (1, 1)
 
-    def _chain_gradient(self, g: Tensor, sums: Tensor, shortcut: Tensor | None, shortcut_stride: Pair) -> Tensor | None:
-        """From the last unit to the first, as far as somebody needs it; dx, or None where nobody does."""
+    def _chain_gradient(
+        self, g: Tensor, sums: Tensor, shortcut: Tensor | None, shortcut_stride: Pair, before: TailOperands | None
+    ) -> tuple[Tensor | None, Tail | None]:
+        """From the last unit to the first, as far as somebody needs it, and on: as ``run`` returns it."""
+        dx: Tensor | None
         for i in reversed(range(len(self.spec.units))):
             if not self.needs.units[i].any:
-                return None
+                return None, None
             if self.saved[i].moments is not None:
-                dx, prev_sums = self._closed_backward(i, g, sums[0])
+                dx, sums = self._closed_backward(i, g, sums[0])
                 if i == 0 and dx is not None:
                     dx = self._on_input_grid(dx, i, shortcut, shortcut_stride)
+            elif i == 0 and before is not None and shortcut is not None and shortcut_stride == (1, 1):
+                return None, self._over_the_border(g, sums, shortcut, before)
             else:
-                dx, prev_sums = self._stored_backward(i, g, sums, shortcut if i == 0 else None, shortcut_stride)
+                dx, sums = self._stored_backward(i, g, sums, shortcut if i == 0 else None, shortcut_stride)
             if dx is None:
-                return None
-            g, sums = dx, prev_sums
-        return g
+                return None, None
+            g = dx
+        return (g, None) if before is None else (None, Tail(*ops.drelu_dbn(g, *before)))
+
+    def _over_the_border(self, g: Tensor, sums: Tensor, shortcut: Tensor, before: TailOperands) -> Tail | None:
+        """The first unit's backward, and in its epilogue the tail of the chain before."""
+        dz = self._weight_gradient(0, g, sums)
+        w, unit = self.weights[0], self.specs[0]
+        if dz is None:
+            return None
+        assert w is not None
+        assert before.y is not None
+        return Tail(*ops.conv_dgrad_drelu_dbn(*dz, w, self.input_size, *unit.conv, shortcut, *before))
 
     def _on_input_grid(self, dx: Tensor, i: int, shortcut: Tensor | None, shortcut_stride: Pair) -> Tensor:
         """A single closed unit's ``dx`` lies on its output grid: spread it, and add the shortcut's gradient."""
@@ -176,10 +222,24 @@ class _ChainBackward:
         compact: bool = False,
     ) -> tuple[Tensor | None, Tensor]:
         """(the gradient of the unit's input or None, the sums of the BN before it). ``compact``: on the output grid."""
+        dz = self._weight_gradient(i, g, sums)
+        if dz is None:
+            return None, sums
+        w, unit = self.weights[i], self.specs[i]
+        assert w is not None
+        previous = self._previous(i)
+        size = g.shape[2:] if compact else self.input_size if previous[0] is None else previous[0].shape[2:]
+        stride = (1, 1) if compact else unit.stride
+        return ops.conv_dgrad(
+            *dz, w, size, stride, unit.padding, unit.dilation, unit.groups, shortcut, shortcut_stride, *previous
+        )
+
+    def _weight_gradient(self, i: int, g: Tensor, sums: Tensor) -> OutputGradient | None:
+        """A stored unit's parameter gradients, recorded; the gradient of its conv's output where its input needs it."""
         (bn, z, *_), w, unit, needs = self.saved[i], self.weights[i], self.specs[i], self.needs.units[i]
         if not needs.dz:
             self._record(i, None, sums)
-            return None, sums
+            return None
         assert bn is not None
         assert w is not None
         dz = output_gradient(unit, g, z, bn, sums)
@@ -188,14 +248,7 @@ class _ChainBackward:
             a = self._operand(i)
             dw = ops.conv_wgrad(*dz, a.x, a.bn, w.shape[2:], *unit.conv)
         self._record(i, dw, sums)
-        if not needs.input:
-            return None, sums
-        previous = self._previous(i)
-        size = g.shape[2:] if compact else self.input_size if previous[0] is None else previous[0].shape[2:]
-        stride = (1, 1) if compact else unit.stride
-        return ops.conv_dgrad(
-            *dz, w, size, stride, unit.padding, unit.dilation, unit.groups, shortcut, shortcut_stride, *previous
-        )
+        return dz if needs.input else None
 
     def _previous(self, i: int) -> tuple[Tensor | None, Tensor | None]:
         """The ``z`` and ``bn`` that a ReLU made into the input of unit ``i``; nothing where that is the chain's."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fusedres import autocast, dispatch, ops, replay
 from fusedres.autograd.backward import chain_backward
-from fusedres.autograd.needs import ChainNeeds, Kept, UnitNeeds
+from fusedres.autograd.needs import ChainNeeds, Kept, UnitNeeds, requires_grad
 from fusedres.autograd.once import refuse_followers
 from fusedres.autograd.unit import (
     Operand,
@@ -32,10 +32,10 @@ def chain(
 ) -> Tensor:
     """Run a chain differentiably: ``x`` (N, C, H, W) -> (N, K, P, Q), both channels_last."""
     tensors = [*units, *([projection] if projection else [])]
-    needs = ChainNeeds.of(spec, x, residual, tensors)
+    needs = ChainNeeds.of(spec, requires_grad(x), requires_grad(residual), tensors)
     flat = [t for unit in tensors for t in unit]
     if not needs.any:
-        y = replay.call(_forward, (spec, needs), (x, residual, *flat))[0]
+        y = replay.call(chain_forward, (spec, needs), (x, residual, *flat))[0]
         assert y is not None
         return y
     return ChainFunction.apply(spec, needs, x, residual, *flat)[0]
@@ -68,7 +68,7 @@ def _projection(spec: ChainSpec, needs: UnitNeeds, t: UnitTensors, x: Tensor) ->
     return Saved(bn, z, None), z, bn
 
 
-def _forward(
+def chain_forward(
     spec: ChainSpec, needs: ChainNeeds, x: Tensor, residual: Tensor | None, *flat: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """The chain's output, and what each unit (the projection last) keeps for backward."""
@@ -125,15 +125,10 @@ def _keep(needs: UnitNeeds, kept: Kept, saved: Saved, t: UnitTensors, parameters
     )
 
 
-def _keep_parameters(
-    needs: UnitNeeds, kept: Kept, t: UnitTensors, dtype: torch.dtype
-) -> tuple[Tensor | None, Tensor | None]:
-    """The conv's own weight and bias, where backward reads them and not copies in ``dtype``."""
-    w, conv_bias = keep_conv(needs, kept, t)
-    return (
-        w if w is not None and w.dtype == dtype else None,
-        conv_bias if conv_bias is not None and conv_bias.dtype == dtype else None,
-    )
+def keep_parameters(needs: ChainNeeds, tensors: Sequence[UnitTensors], dtype: torch.dtype) -> list[Tensor | None]:
+    """Every conv's own weight and bias, where backward reads them and not copies in ``dtype``."""
+    kept = [t for unit in zip(needs.units, needs.kept, tensors, strict=True) for t in keep_conv(*unit)]
+    return [t if t is not None and t.dtype == dtype else None for t in kept]
 
 
 def keep_conv(needs: UnitNeeds, kept: Kept, t: UnitTensors) -> tuple[Tensor | None, Tensor | None]:
@@ -148,14 +143,13 @@ class ChainFunction(torch.autograd.Function):
     def forward(
         ctx: Any, spec: ChainSpec, needs: ChainNeeds, x: Tensor, residual: Tensor | None, *flat: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        y, *saved = replay.call(_forward, (spec, needs), (x, residual, *flat))
+        y, *saved = replay.call(chain_forward, (spec, needs), (x, residual, *flat))
         ctx.spec, ctx.needs = spec, needs
         ctx.mark_non_differentiable(*(t for t in saved if t is not None))
         ctx.set_materialize_grads(False)
         tensors = unit_tensors(flat)
         ctx.input_size, ctx.dtypes = x.shape[2:], tuple(map(ParameterDtypes.of, tensors))
-        kept = zip(needs.units, needs.kept, tensors, strict=True)
-        parameters = [parameter for unit in kept for parameter in _keep_parameters(*unit, x.dtype)]
+        parameters = keep_parameters(needs, tensors, x.dtype)
         ctx.save_for_backward(x if needs.reads_x else None, y if spec.relu else None, *parameters, *saved)
         return y, *saved
 

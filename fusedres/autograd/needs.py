@@ -22,7 +22,7 @@ class UnitNeeds(NamedTuple):
 
     @classmethod
     def of(cls, t: UnitTensors, input: bool) -> UnitNeeds:
-        w, conv_bias, weight, bias, *_ = map(_requires_grad, t)
+        w, conv_bias, weight, bias, *_ = map(requires_grad, t)
         return cls(w, conv_bias, weight, bias, input)
 
     @property
@@ -58,24 +58,25 @@ class ChainNeeds(NamedTuple):
     reads_x: bool  # the values of the chain's input, by its first conv or the projection
 
     @classmethod
-    def of(cls, spec: ChainSpec, x: Tensor, residual: Tensor | None, tensors: Sequence[UnitTensors]) -> ChainNeeds:
-        needs_x = _requires_grad(x)
-        units, before = [], needs_x
+    def of(cls, spec: ChainSpec, x: bool, residual: bool, tensors: Sequence[UnitTensors]) -> ChainNeeds:
+        """``x``, ``residual``: whether the gradients of the chain's inputs are needed."""
+        units, before = [], x
         for t in tensors[: len(spec.units)]:
             units.append(UnitNeeds.of(t, before))
             before = units[-1].any
         if spec.projection is not None:
-            units.append(UnitNeeds.of(tensors[-1], needs_x))
+            units.append(UnitNeeds.of(tensors[-1], x))
         kept = _kept(spec, units, tensors)
         reads_x = kept[0].input or (spec.projection is not None and kept[-1].input)
-        return cls(needs_x, _requires_grad(residual), tuple(units), kept, reads_x)
+        return cls(x, residual, tuple(units), kept, reads_x)
 
     @property
     def any(self) -> bool:
         return self.x or self.residual or any(unit.any for unit in self.units)
 
 
-def _requires_grad(t: Tensor | None) -> bool:
+def requires_grad(t: Tensor | None) -> bool:
+    """Whether anybody may ask for the gradient of ``t``."""
     return t is not None and t.requires_grad and torch.is_grad_enabled()
 
 

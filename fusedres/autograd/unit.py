@@ -15,6 +15,9 @@ from fusedres.layout import acc_dtype, pixels
 from fusedres.problem import ConvProblem
 from fusedres.specs import UnitSpec, UnitTensors, is_closed
 
+#: The gradient of a conv's output, as the first five arguments of ``conv_dgrad`` and ``conv_wgrad``.
+OutputGradient = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, float]
+
 
 class Saved(NamedTuple):
     """What one unit keeps for backward: ``z`` if stored, ``moments`` if closed, neither if it is to be recomputed or
@@ -105,11 +108,9 @@ def stored_unit(unit: UnitSpec, t: UnitTensors, a: Operand) -> tuple[Tensor, Ten
     return z, bn_vectors(unit, t, stats if unit.batch_stats else None, z.dtype)
 
 
-def output_gradient(
-    unit: UnitSpec, g: Tensor, z: Tensor | None, bn: Tensor, sums: Tensor
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, float]:
-    """``dz`` as the first five arguments of conv_dgrad and conv_wgrad: lazily, or materialised for both at once."""
-    operands: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, float]
+def output_gradient(unit: UnitSpec, g: Tensor, z: Tensor | None, bn: Tensor, sums: Tensor) -> OutputGradient:
+    """``dz``, lazily or materialised for both products at once."""
+    operands: OutputGradient
     if not unit.batch_stats:
         operands = g, None, bn, None, 0.0
     elif unit.sync is None:

@@ -86,6 +86,8 @@ class Engine:
     flops_per_byte: int = 100
     #: Whether what its chains call is recorded and replayed (``fusedres.replay``): where the host would be late.
     replays: bool = False
+    #: Whether blocks of a stage share an autograd Function unless told (``fusedres.stages``): where that was measured.
+    chains_blocks: bool = False
 
     def rejects(self, op: str, device_type: str, dtype: torch.dtype) -> str | None:
         """Why this engine does not compute ``op`` for such tensors, or None if it does."""

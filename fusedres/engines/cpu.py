@@ -32,6 +32,7 @@ class CPUEngine(Engine):
     name = "cpu"
     missing = native.missing
     replays = True
+    chains_blocks = True
     flops_per_byte = 7  # with 1 and with 15 the steps of ResNet-50 took longer
 
     def rejects(self, op: str, device_type: str, dtype: torch.dtype) -> str | None:
@@ -165,6 +166,30 @@ class CPUEngine(Engine):
         if residual is not None:
             add_on_grid_(dx, residual, residual_stride)
         return dx, _drelu_(dx, prev_z, prev_bn)
+
+    @staticmethod
+    def conv_dgrad_drelu_dbn(
+        g: Tensor,
+        z: Tensor | None,
+        bn: Tensor | None,
+        sums: Tensor | None,
+        inv_count: float,
+        w: Tensor,
+        input_size: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        residual: Tensor,
+        y: Tensor,
+        prev_z: Tensor | None,
+        prev_bn: Tensor | None,
+        side_z: Tensor | None,
+        side_bn: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        conv = (w, input_size, stride, padding, dilation, groups)
+        dx, _ = CPUEngine.conv_dgrad(g, z, bn, sums, inv_count, *conv, residual, (1, 1), None, None)
+        return dx, *kernels.drelu_dbn_by_output_(dx, y, prev_z, prev_bn, side_z, side_bn)
 
     @staticmethod
     def conv_wgrad(

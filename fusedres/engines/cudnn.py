@@ -27,7 +27,8 @@ from fusedres.problem import is_plain_gemm
 _DTYPES = (torch.bfloat16, torch.float16)
 #: The compute capability from which it is the first choice.
 _MEASURED_FROM = (9, 0)
-_PRODUCTS = ("conv_fprop", "conv_dgrad", "conv_wgrad", "input_moments", "pointwise_wgrad", "pointwise_dgrad")
+_DGRADS = ("conv_dgrad", "conv_dgrad_drelu_dbn", "pointwise_dgrad")
+_PRODUCTS = ("conv_fprop", "conv_wgrad", "input_moments", "pointwise_wgrad", *_DGRADS)
 
 
 class CuDNNEngine(Engine):
@@ -97,6 +98,29 @@ class CuDNNEngine(Engine):
         if residual is not None:
             add_on_grid_(dx, residual, residual_stride)
         return dx, _drelu_(dx, prev_z, prev_bn)
+
+    @staticmethod
+    def conv_dgrad_drelu_dbn(
+        g: Tensor,
+        z: Tensor | None,
+        bn: Tensor | None,
+        sums: Tensor | None,
+        inv_count: float,
+        w: Tensor,
+        input_size: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        residual: Tensor,
+        *tail: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        conv = (w, input_size, stride, padding, dilation, groups)
+        if is_plain_gemm(w.shape[2:], stride, padding, groups):  # as conv_dgrad with a residual
+            dz = g if bn is None else TRITON.dbn(g, z, bn, sums, inv_count)
+            return TRITON.conv_dgrad_drelu_dbn(dz, None, None, None, 0.0, *conv, residual, *tail)
+        dx, _ = CuDNNEngine.conv_dgrad(g, z, bn, sums, inv_count, *conv, residual, (1, 1), None, None)
+        return dx, *_kernel("tails", "drelu_dbn_")(dx, *tail)
 
     @staticmethod
     def conv_wgrad(

@@ -25,6 +25,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MODULES = {
     "conv_fprop": "conv_fprop",
     "conv_dgrad": "conv_dgrad",
+    "conv_dgrad_drelu_dbn": "conv_dgrad",
     "conv_wgrad": "conv_wgrad",
     "scale_shift_add_relu": "tails",
     "drelu_dbn": "tails",

@@ -127,6 +127,11 @@ def drelu_dbn_(d: Draw) -> tuple[Any, ...]:
     return d.map(size, dtype), d.map(size, dtype), d.rows(4, size[1], dtype)
 
 
+def drelu_dbn_by_output_(d: Draw) -> tuple[Any, ...]:
+    dy, y, *branches = drelu_dbn(d)
+    return dy, dy.clone(memory_format=torch.preserve_format) if y is None else y, *branches
+
+
 def dbn(d: Draw) -> tuple[Any, ...]:
     size, dtype = d.size(), d.one_of(*FLOATS)
     return d.map(size, dtype), d.map(size, dtype), d.rows(4, size[1], dtype), d.rows(2, size[1], dtype), 0.1
@@ -250,6 +255,7 @@ RIGHT: dict[str, Callable[[Draw], tuple[Any, ...]]] = {
             scale_shift_add_relu,
             drelu_dbn,
             drelu_dbn_,
+            drelu_dbn_by_output_,
             dbn,
             bn_relu_maxpool,
             bn_relu_maxpool_backward,

@@ -7,7 +7,7 @@ import torch
 from conv_cases import NETWORK_PROBLEMS, assert_matches, dgrad_args, label, results
 from op_samples import Operands, samples_of
 
-from fusedres.kernels.conv_dgrad import conv_dgrad
+from fusedres.kernels.conv_dgrad import conv_dgrad, conv_dgrad_drelu_dbn
 from fusedres.problem import ConvProblem
 
 RAGGED = ConvProblem(3, 18, 6, 7, 21, 3, 3, stride=(2, 2), padding=(1, 1))
@@ -26,6 +26,13 @@ def test_samples_match_float64(dtype: torch.dtype, device: str) -> None:
     for sample in samples_of("conv_dgrad", dtype):
         if dtype == torch.float32 or sample.label.endswith("everything"):
             assert_matches(conv_dgrad, sample.args, device, sample.label)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_borders_of_blocks_match_float64(dtype: torch.dtype, device: str) -> None:
+    for sample in samples_of("conv_dgrad_drelu_dbn", dtype):
+        if dtype == torch.float32 or sample.label.endswith("both"):
+            assert_matches(conv_dgrad_drelu_dbn, sample.args, device, sample.label)
 
 
 @pytest.mark.parametrize("epilogue", ["nothing", "residual", "strided", "drelu"])
@@ -57,6 +64,15 @@ def test_empty_batch(device: str) -> None:
     dx, sums = results(conv_dgrad, args, device)
     assert dx.shape == (0, 4, 5, 5)
     assert torch.equal(sums, torch.zeros(2, 4))
+
+
+def test_nan_in_the_output_of_a_block_lets_its_gradient_through(device: str) -> None:
+    args = list(next(s for s in samples_of("conv_dgrad_drelu_dbn") if s.label.endswith("bare")).args)
+    args[12] = torch.full_like(args[12], torch.nan)
+    g, sums, _ = results(conv_dgrad_drelu_dbn, args, device)
+    dx, _ = results(conv_dgrad, [*args[:12], (1, 1), None, None], device)
+    assert torch.equal(g, dx)
+    torch.testing.assert_close(sums[0], dx.sum((0, 2, 3)), rtol=1e-5, atol=1e-5)
 
 
 def test_two_runs_are_equal_bit_for_bit(device: str) -> None:

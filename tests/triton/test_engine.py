@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import fusedres
 from fusedres import FusedBasicBlock, FusedBottleneck, dispatch, folding
 from fusedres.engines.triton import TRITON
+from fusedres.stages import run_stage
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -174,6 +175,29 @@ def test_a_projection_adds_one_launch_forward_and_two_backward(device: str) -> N
     assert names["bn_finalize_kernel"] == 4
     names = launched(outputs[0].sum().backward)
     assert on_activations(names) == Counter(drelu_dbn_kernel=1, conv_wgrad_kernel=4, conv_dgrad_kernel=4)
+
+
+@pytest.mark.parametrize(("engine", "dtype"), [("triton", torch.float32), ("cudnn", torch.float16)], ids=str)
+def test_over_the_border_of_two_blocks_no_launch_is_the_tail_s_own(
+    engine: str, dtype: torch.dtype, device: str
+) -> None:
+    blocks = nn.Sequential(*(twins("bottleneck")[0] for _ in range(2))).to(device, dtype)
+    x = images("bottleneck").to(device, dtype)
+    names, results = [], []
+    with dispatch.engine(engine):
+        for chained in (True, False):
+            y = run_stage(blocks, x.clone().requires_grad_(), chained)
+            blocks.zero_grad()
+            names.append(launched(y.float().square().sum().backward))
+            results.append([p.grad for p in blocks.parameters()])
+    joined, apart = names
+    tails = 2 if engine == "cudnn" else 0  # of each block's first two units, whose products are the vendor's
+    assert joined["drelu_dbn_kernel"] == 1 + 2 * tails
+    assert apart["drelu_dbn_kernel"] == 2 + 2 * tails
+    assert joined["conv_dgrad_kernel"] == apart["conv_dgrad_kernel"]
+    for ours, theirs in zip(*results, strict=True):
+        tolerance = 1e-2 if dtype == torch.float16 else 1e-5
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * theirs.abs().max().item())
 
 
 @pytest.mark.parametrize(("name", "convs"), [("bottleneck", 3), ("bottleneck-stride", 4), ("basic", 2)])
