@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fusedres import autocast, dispatch, native, ops
 from fusedres.engines import ConvT, Engine, EvalChain, EvalRun, FoldedConv, LiveConv
+from fusedres.engines.nvidia import is_capturing
 from fusedres.guards import Guard, all_hold
 from fusedres.inspection import checked_module, is_traced, is_transformed
 from fusedres.layout import acc_dtype
@@ -134,7 +135,7 @@ def run(
     if entry is not None and state is not None and entry.key == key and entry.state == state:
         _keep_for_graph(conv, entry, x)
         return entry.run(x, residual)
-    if _is_capturing(x):  # the graph folds at every replay; before the first one there are no weights to be kept
+    if is_capturing(x.device):  # the graph folds at every replay; before the first one there are no weights to be kept
         return _compile(_fold(spec, pairs, pool, x.dtype), x)(x, residual)
     _entries.pop(conv, None)
     entry = _Entry(key, state, _compile(_fold(spec, pairs, pool, x.dtype), x))
@@ -167,13 +168,9 @@ def recall(
         return last.entry.run(x, None)
 
 
-def _is_capturing(x: Tensor) -> bool:
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
 def _keep_for_graph(conv: nn.Module, entry: _Entry, x: Tensor) -> None:
     """While a CUDA graph is captured, keep what it will read."""
-    if _is_capturing(x) and not any(entry is kept for kept in _captured.setdefault(conv, [])):
+    if is_capturing(x.device) and not any(entry is kept for kept in _captured.setdefault(conv, [])):
         _captured[conv].append(entry)
 
 
@@ -186,7 +183,7 @@ def remember(
     is_other_tensor = isinstance(shortcut, Tensor) and shortcut is not x
     # Another thread may have left an entry of its own.
     is_ours = entry is not None and entry.key[2:] == (x.shape[1:], x.dtype, x.device)
-    if entry is None or not is_ours or is_other_tensor or not _may_recall(x) or _is_capturing(x):
+    if entry is None or not is_ours or is_other_tensor or not _may_recall(x) or is_capturing(x.device):
         _recalled.pop(conv, None)
         return
     guards = tuple(map(Guard.of, _modules(pairs, shortcut, activations)))

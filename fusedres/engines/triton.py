@@ -59,7 +59,7 @@ class TritonEngine(Engine):
         return None
 
     def rejects(self, op: str, device_type: str, dtype: torch.dtype) -> str | None:
-        if device_type != "cuda" and not (device_type == "cpu" and _interpreted()):
+        if device_type != "cuda" and not (device_type == "cpu" and interpreted()):
             return f"it computes on CUDA devices, the tensors are on {device_type}"
         if dtype not in _DTYPES:
             return f"it has no kernels for {dtype}"
@@ -80,7 +80,7 @@ class TritonEngine(Engine):
 
 
 @functools.cache
-def _interpreted() -> bool:
+def interpreted() -> bool:
     """Whether the kernels run under Triton's interpreter: Triton reads the variable when a kernel is defined."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
 
