@@ -112,9 +112,12 @@ _SM100 = Machine(
 
 TABLE: dict[str, Machine] = {
     "sm80": _SM80,
+    # 99 KiB of shared memory for a block, and mma.sync: the tiles of sm_80, which take 64 KiB at most, fit these too.
     "sm86": _SM80._replace(programs=336),
+    "sm89": _SM80._replace(programs=568),
     "sm90": _SM90,
     "sm100": _SM100,
+    "sm120": _SM80._replace(programs=680),
     # Small tiles, so that tests on small tensors have several of them and ragged ones.
     "interpreter": Machine(
         fprop={(2, 0): Tile(32, 32, 16, 4, 1, 2), (4, 0): Tile(64, 16, 32, 4, 1, 2)},
@@ -127,11 +130,8 @@ TABLE: dict[str, Machine] = {
 
 def machine_name(major: int, minor: int) -> str:
     """The row of ``TABLE`` for a compute capability; an unknown one gets that of the nearest older."""
-    if major >= 10:
-        return "sm100"
-    if major == 9:
-        return "sm90"
-    return "sm80" if (major, minor) <= (8, 0) else "sm86"
+    rows = (("sm120", (12, 0)), ("sm100", (10, 0)), ("sm90", (9, 0)), ("sm89", (8, 9)), ("sm86", (8, 6)))
+    return next((name for name, least in rows if (major, minor) >= least), "sm80")
 
 
 #: The machine whose table serves meta tensors.
