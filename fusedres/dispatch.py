@@ -99,6 +99,12 @@ def fuses_prologue(op: str, device_type: str, dtype: torch.dtype) -> bool:
 
 
 @torch.compiler.assume_constant_result
+def adds_projection(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether the engine of the convs has the last conv of a folded block and its projection in one launch."""
+    return choose("conv_fprop", device_type, dtype).engine.adds_projection
+
+
+@torch.compiler.assume_constant_result
 def flops_per_byte(device_type: str, dtype: torch.dtype) -> int:
     """What the engine of the convs would do for a byte less of traffic; 0 where it stores every conv's output."""
     return choose("conv_fprop", device_type, dtype).engine.flops_per_byte

@@ -25,6 +25,7 @@ from fusedres.engines.nvidia import is_capturing
 from fusedres.guards import Guard, all_hold
 from fusedres.inspection import checked_module, is_traced, is_transformed
 from fusedres.layout import acc_dtype
+from fusedres.problem import is_plain_gemm
 from fusedres.specs import ChainSpec, PoolSpec, UnitSpec
 
 if TYPE_CHECKING:
@@ -273,15 +274,29 @@ def _pooled(run: EvalRun, pool: tuple[int, int, int] | None) -> EvalRun:
 
 
 def _run_ops(chain: EvalChain[FoldedConv], x: Tensor, residual: Tensor | None) -> Tensor:
-    """One ``conv_fprop`` a conv, bias, shortcut and ReLU in its epilogue; the pool apart."""
-    if chain.projection is not None:
-        residual = _run_conv(chain.projection, x, None, False)
-    elif chain.identity:
-        residual = x
+    """One op a conv, bias, shortcut and ReLU in its epilogue, a projection in the last one's; the pool apart."""
+    source, last = x, chain.convs[-1]
     for conv in chain.convs[:-1]:
         x = _run_conv(conv, x, None, True)
-    y = _run_conv(chain.convs[-1], x, residual, chain.relu)
+    if chain.projection is not None and _adds(chain.projection, last, x):
+        operands = x, last.w, last.bias, source, chain.projection.w, chain.projection.bias, chain.projection.stride
+        y = ops.conv_projection(*operands, chain.relu)
+    else:
+        if chain.projection is not None:
+            residual = _run_conv(chain.projection, source, None, False)
+        elif chain.identity:
+            residual = source
+        y = _run_conv(last, x, residual, chain.relu)
     return y if chain.pool is None else F.max_pool2d(y, *chain.pool)
+
+
+def _adds(projection: FoldedConv, last: FoldedConv, x: Tensor) -> bool:
+    """Whether both convs are of the kind that one launch computes, and the engine has such a launch."""
+    is_plain = all(
+        is_plain_gemm(conv.w.shape[2:], stride, conv.padding, conv.groups)
+        for conv, stride in ((last, last.stride), (projection, (1, 1)))
+    )
+    return is_plain and dispatch.adds_projection(x.device.type, x.dtype)
 
 
 def _run_conv(conv: FoldedConv, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:

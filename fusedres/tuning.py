@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import os
 import statistics
 import threading
@@ -161,7 +162,7 @@ def _environment(device: torch.device) -> Environment:
         "torch": torch.__version__,
         "cuda": str(torch.version.cuda),
         "cudnn": str(torch.backends.cudnn.version()),
-        "triton": importlib.import_module("triton").__version__,
+        "triton": importlib.import_module("triton").__version__ if importlib.util.find_spec("triton") else "none",
     }
     if device.type != "cuda":
         return {"gpu": "interpreter", "capability": "none", **versions}

@@ -26,6 +26,7 @@ _MODULES = {
     "conv_fprop": "conv_fprop",
     "conv_dgrad": "conv_dgrad",
     "conv_wgrad": "conv_wgrad",
+    "conv_projection": "conv_projection",
     "scale_shift_add_relu": "tails",
     "drelu_dbn": "tails",
     "dbn": "tails",
@@ -44,6 +45,7 @@ class TritonEngine(Engine):
 
     name = "triton"
     fuses_prologue = True
+    adds_projection = True
     flops_per_byte = 0
     replays = True
 

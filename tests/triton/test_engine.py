@@ -176,7 +176,7 @@ def test_a_projection_adds_one_launch_forward_and_two_backward(device: str) -> N
     assert on_activations(names) == Counter(drelu_dbn_kernel=1, conv_wgrad_kernel=4, conv_dgrad_kernel=4)
 
 
-@pytest.mark.parametrize(("name", "convs"), [("bottleneck", 3), ("bottleneck-stride", 4), ("basic", 2)])
+@pytest.mark.parametrize(("name", "convs"), [("bottleneck", 3), ("basic-stride", 3), ("basic", 2)])
 def test_eval_of_a_frozen_block_is_one_launch_a_conv(name: str, convs: int, device: str) -> None:
     fused, x = twins(name, training=False)[0].to(device), images(name).to(device)
     folding.freeze(fused)

@@ -18,6 +18,7 @@ from fusedres.kernels import aot, configs
 from fusedres.kernels.aot import PROBLEMS, Plan, build_of, plans
 from fusedres.kernels.bn_finalize import bn_constants, bn_finalize, bn_fold
 from fusedres.kernels.channel_stats import channel_stats
+from fusedres.kernels.conv_projection import conv_projection
 from fusedres.kernels.cubin import MULTIPROCESSORS, usage
 from fusedres.kernels.launch import Launch, recording
 from fusedres.kernels.pointwise import centre, finish_moments, pointwise_dgrad_operands, pointwise_stats
@@ -97,6 +98,45 @@ def assert_fits(name: str, dtype: torch.dtype, machine: str) -> None:
             assert not set(accesses) & set(NARROW), f"{where} {accesses}"
             assert any(a.endswith("0x10") or a.startswith("ld.global.v4.b32") for a in accesses), f"{where} {accesses}"
             assert any(a.startswith("st.global.v4.b32") for a in accesses), f"{where} {accesses}"
+
+
+def projections(dtype: torch.dtype) -> Iterator[Launch]:
+    """The ends of a ResNet-50's first and last projected blocks at batch 256, and of one with ragged channels."""
+    for c, c_d, k, side, stride in ((64, 64, 256, 56, 1), (512, 1024, 2048, 14, 2), (20, 36, 50, 15, 2)):
+        size = -(-side // stride)
+        x, x_d = (
+            meta(256, *shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+            for shape in ((c, size, size), (c_d, side, side))
+        )
+        bias = meta(k, dtype=dtype)
+        with recording() as launches:
+            conv_projection(
+                x,
+                meta(k, c, 1, 1, dtype=dtype),
+                bias,
+                x_d,
+                meta(k, c_d, 1, 1, dtype=dtype),
+                bias,
+                (stride, stride),
+                True,
+            )
+        yield from launches
+
+
+@pytest.mark.parametrize("machine", [*MACHINES, "sm86"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_projections_fit_their_machine(dtype: torch.dtype, machine: str) -> None:
+    with configs.planning(machine):
+        first, last, ragged = projections(dtype)
+    for launch in (first, last, ragged):
+        found = usage(build_of(launch), machine)
+        assert found.spilled_bytes == 0, found[:4]
+        assert found.shared_bytes <= MULTIPROCESSORS[machine].block_shared_bytes, found[:4]
+        assert dtype == torch.float32 or found.has_matrix_instruction(machine), found[:4]
+        if launch is not ragged:
+            accesses = found.instructions(ANY_ACCESS)
+            assert not set(accesses) & set(NARROW), accesses
+            assert any(a.startswith("st.global.v4.b32") for a in accesses), accesses
 
 
 def meta(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
