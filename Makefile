@@ -3,7 +3,7 @@
 #   make run              measure this machine: fusedres bench, results under runs/
 #   make bench            this machine against every peer it can run: JSON, page and plots under bench/results/
 #   make test             the test suite;  TORCH=2.11.0 with another torch, JOBS=1 processes, PYTEST=... more options
-#   make triton           the Triton kernels: tests under the interpreter, then compiled for three architectures
+#   make triton           the Triton kernels: tests under the interpreter, then compiled for every architecture
 #   make torches          the oldest torch that is served and the newest: test suites, native libraries swapped between them
 #   make dist-check       archives built and installed into clean environments: no compiler, no torch, another CUDA
 #   make soak             the long runs: random problems, fuzzing under sanitizers, memory, planted faults (an hour)

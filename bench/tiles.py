@@ -28,34 +28,10 @@ from triton.testing import do_bench
 from fusedres import roofline
 from fusedres.kernels import aot, configs
 from fusedres.kernels.configs import Tile
+from fusedres.kernels.groups import tile_class
 from fusedres.problem import ConvProblem
 
 DTYPE = torch.float16
-GEMM = [
-    Tile(128, 64, 64, 4, 3),
-    Tile(128, 64, 32, 4, 4),
-    Tile(128, 128, 64, 8, 3),
-    Tile(128, 128, 64, 4, 3),
-    Tile(128, 256, 64, 8, 3),
-    Tile(256, 128, 64, 8, 3),
-    Tile(64, 128, 64, 4, 4),
-]
-CANDIDATES = {
-    "conv_fprop": GEMM,
-    "conv_dgrad": GEMM,
-    "conv_wgrad": [
-        Tile(64, 64, 64, 4, 3),
-        Tile(64, 64, 64, 4, 4),
-        Tile(128, 64, 64, 4, 3),
-        Tile(64, 128, 64, 4, 3),
-        Tile(128, 128, 64, 8, 3),
-        Tile(128, 128, 32, 8, 4),
-        Tile(128, 128, 64, 4, 3),
-        Tile(128, 256, 64, 8, 3),
-        Tile(256, 128, 64, 8, 3),
-    ],
-}
-STEM = [Tile(64, 64, 32, 4, 2), Tile(128, 64, 32, 4, 2), Tile(128, 64, 64, 4, 3), Tile(64, 64, 64, 4, 3)]
 
 
 class Case(NamedTuple):
@@ -73,7 +49,7 @@ class Case(NamedTuple):
 
     @property
     def candidates(self) -> list[Tile]:
-        return STEM if self.problem.C < 16 else CANDIDATES[self.op]
+        return configs.candidates(DTYPE.itemsize, *tile_class(self.op, self.problem))
 
     def __str__(self) -> str:
         p = self.problem

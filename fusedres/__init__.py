@@ -39,6 +39,7 @@ from fusedres.resnet import (
     wide_resnet50_2,
     wide_resnet101_2,
 )
+from fusedres.tuning import autotune
 
 __version__ = "0.1.0"
 
@@ -51,6 +52,7 @@ __all__ = [
     "NotFusedError",
     "PlainNet",
     "ResNet",
+    "autotune",
     "cifar_plain20",
     "cifar_plain32",
     "cifar_plain44",

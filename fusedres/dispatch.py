@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fusedres import tuning
 from fusedres.engines import Engine, EvalChain, FoldedConv, nvidia
 from fusedres.engines.cpu import CPU
 from fusedres.engines.cuda import CUDA
@@ -60,9 +61,16 @@ def meta_as(device_type: str) -> Iterator[None]:
         _meta_stands_for.reset(token)
 
 
-def as_in_forward(name: str | None) -> AbstractContextManager[None]:
-    """The context for the backward of what ran while ``forced()`` was ``name``: nothing where it still is."""
-    return nullcontext() if name == forced() else engine(name)
+def as_in_forward(name: str | None, tunes: bool) -> AbstractContextManager[None]:
+    """The context for the backward of what ran while ``forced()`` was ``name`` and ``tuning.is_on()`` was ``tunes``:
+    nothing where they still are."""
+    return nullcontext() if (name, tunes) == (forced(), tuning.is_on()) else _as(name, tunes)
+
+
+@contextmanager
+def _as(name: str | None, tunes: bool) -> Iterator[None]:
+    with engine(name), tuning.autotune(tunes):
+        yield
 
 
 @torch.compiler.assume_constant_result
@@ -88,6 +96,12 @@ def choose(op: str, device_type: str, dtype: torch.dtype) -> Choice:
 def fuses_prologue(op: str, device_type: str, dtype: torch.dtype) -> bool:
     """Whether the engine for ``op`` applies prologues itself; otherwise the caller materialises them."""
     return choose(op, device_type, dtype).engine.fuses_prologue
+
+
+@torch.compiler.assume_constant_result
+def adds_projection(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether the engine of the convs has the last conv of a folded block and its projection in one launch."""
+    return choose("conv_fprop", device_type, dtype).engine.adds_projection
 
 
 @torch.compiler.assume_constant_result
@@ -138,4 +152,10 @@ def caller(op: str) -> Callable[..., Any]:
     def call(first: torch.Tensor, *args: Any) -> Any:
         return getattr(choose(op, first.device.type, first.dtype).engine, op)(first, *args)
 
-    return call
+    def tuned_call(first: torch.Tensor, *args: Any) -> Any:
+        engine = choose(op, first.device.type, first.dtype).engine
+        if (engine is CUDNN or engine is TRITON) and tuning.is_on():
+            return tuning.fastest(op, engine, (first, *args))(first, *args)
+        return getattr(engine, op)(first, *args)
+
+    return tuned_call if op in tuning.OPS else call

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from fusedres import dispatch
+from fusedres import dispatch, tuning
 from fusedres.account import built_in_chain, unfused_convs
 from fusedres.blocks import FusedBasicBlock, FusedBottleneck
 from fusedres.chains import Chain
@@ -27,6 +27,7 @@ class Row(NamedTuple):
     ``engine`` is the engine of its convolutions, or "eager" where its modules run one by one; ``folded`` the one that
     runs it in eval without gradients, BN folded. ``reason`` says why modules run one by one, why preferred engines were
     passed over for some op or for the folded form, and why a downsample runs by itself; it is empty where nothing does.
+    Within ``autotune`` it also has what was chosen by measurement for the row's convs, on every problem met so far.
     """
 
     name: str
@@ -100,7 +101,21 @@ def _row(name: str, kind: str, chain: Chain, also: list[str]) -> Row:
     choices = [dispatch.choose(op, weight.device.type, weight.dtype) for op in _OPS]
     folded = dispatch.choose_folded(_outline(chain))
     reasons = [f"{engine}: {why}" for choice in (*choices, folded) for engine, why in choice.passed_over]
-    return Row(name, kind, choices[0].engine.name, folded.engine.name, "; ".join(dict.fromkeys([*reasons, *also])))
+    reasons += [*also, *_tuned(chain)]
+    return Row(name, kind, choices[0].engine.name, folded.engine.name, "; ".join(dict.fromkeys(reasons)))
+
+
+def _tuned(chain: Chain) -> Iterator[str]:
+    """What ``autotune`` chose for convs like those of ``chain``, where it is asked for."""
+    if not tuning.is_on():
+        return
+    pairs = [*chain.pairs, *([chain.projection] if chain.projection else [])]
+    convs = {(tuple(pair.conv.weight.shape), *unit_spec(pair).conv) for pair in pairs}
+    for choice in tuning.made(pairs[0].conv.weight.device):
+        p = choice.problem
+        if ((p.K, p.C // p.groups, p.R, p.S), p.stride, p.padding, p.dilation, p.groups) in convs:
+            size = f"{p.N}x{p.C}x{p.H}x{p.W} to {p.K}, {p.R}x{p.S}, {choice.dtype}"
+            yield f"tuned: {choice.op} of {size}: {choice.chosen}"
 
 
 def _outline(chain: Chain) -> EvalChain[FoldedConv]:

@@ -26,6 +26,23 @@ def conv_fprop_flops(
     return ConvProblem.of(torch.Size(x), torch.Size(w), *geometry[:4]).flops
 
 
+@register_flop_formula(_ops.conv_projection)
+def conv_projection_flops(
+    x: Shape,
+    w: Shape,
+    bias: Any,
+    x_d: Shape,
+    w_d: Shape,
+    bias_d: Any,
+    stride_d: Shape,
+    *rest: Any,
+    out_shape: Any = None,
+) -> int:
+    """Of both convolutions."""
+    of_source = ConvProblem.of(torch.Size(x_d), torch.Size(w_d), stride_d).flops
+    return ConvProblem.of(torch.Size(x), torch.Size(w)).flops + of_source
+
+
 @register_flop_formula((_ops.conv_dgrad, _ops.conv_dgrad_drelu_dbn))
 def conv_dgrad_flops(
     g: Shape,

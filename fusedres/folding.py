@@ -20,9 +20,11 @@ from torch import Tensor, nn
 
 from fusedres import dispatch, native, ops
 from fusedres.engines import ConvT, Engine, EvalChain, EvalRun, FoldedConv, LiveConv
+from fusedres.engines.nvidia import is_capturing
 from fusedres.guards import Identity, all_unchanged
 from fusedres.inspection import checked_module
 from fusedres.layout import acc_dtype
+from fusedres.problem import is_plain_gemm
 from fusedres.specs import ChainSpec, PoolSpec, UnitSpec
 
 if TYPE_CHECKING:
@@ -125,7 +127,7 @@ def run(
     if entry is not None and state is not None and entry.key == key and entry.state == state:
         keep_for_graph(conv, entry, x)
         return entry.run(x, residual)
-    if is_capturing(x):  # the graph folds at every replay; before the first one there are no weights to be kept
+    if is_capturing(x.device):  # the graph folds at every replay; before the first one there are no weights to be kept
         return _compile(_fold(spec, pairs, pool, x.dtype), x)(x, residual)
     _entries.pop(conv, None)
     entry = Entry(key, state, _compile(_fold(spec, pairs, pool, x.dtype), x))
@@ -142,14 +144,9 @@ def entry_of(conv: nn.Module, x: Tensor) -> Entry | None:
     return entry if is_ours else None
 
 
-def is_capturing(x: Tensor) -> bool:
-    """Whether a CUDA graph is captured of what is called now."""
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
 def keep_for_graph(conv: nn.Module, entry: Entry, x: Tensor) -> None:
     """While a CUDA graph is captured, keep what it will read."""
-    if is_capturing(x) and not any(entry is kept for kept in _captured.setdefault(conv, [])):
+    if is_capturing(x.device) and not any(entry is kept for kept in _captured.setdefault(conv, [])):
         _captured[conv].append(entry)
 
 
@@ -217,15 +214,29 @@ def _pooled(run: EvalRun, pool: tuple[int, int, int] | None) -> EvalRun:
 
 
 def _run_ops(chain: EvalChain[FoldedConv], x: Tensor, residual: Tensor | None) -> Tensor:
-    """One ``conv_fprop`` a conv, bias, shortcut and ReLU in its epilogue; the pool apart."""
-    if chain.projection is not None:
-        residual = _run_conv(chain.projection, x, None, False)
-    elif chain.identity:
-        residual = x
+    """One op a conv, bias, shortcut and ReLU in its epilogue, a projection in the last one's; the pool apart."""
+    source, last = x, chain.convs[-1]
     for conv in chain.convs[:-1]:
         x = _run_conv(conv, x, None, True)
-    y = _run_conv(chain.convs[-1], x, residual, chain.relu)
+    if chain.projection is not None and _adds(chain.projection, last, x):
+        operands = x, last.w, last.bias, source, chain.projection.w, chain.projection.bias, chain.projection.stride
+        y = ops.conv_projection(*operands, chain.relu)
+    else:
+        if chain.projection is not None:
+            residual = _run_conv(chain.projection, source, None, False)
+        elif chain.identity:
+            residual = source
+        y = _run_conv(last, x, residual, chain.relu)
     return y if chain.pool is None else F.max_pool2d(y, *chain.pool)
+
+
+def _adds(projection: FoldedConv, last: FoldedConv, x: Tensor) -> bool:
+    """Whether both convs are of the kind that one launch computes, and the engine has such a launch."""
+    is_plain = all(
+        is_plain_gemm(conv.w.shape[2:], stride, conv.padding, conv.groups)
+        for conv, stride in ((last, last.stride), (projection, (1, 1)))
+    )
+    return is_plain and dispatch.adds_projection(x.device.type, x.dtype)
 
 
 def _run_conv(conv: FoldedConv, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:

@@ -104,6 +104,30 @@ def conv_fprop(
 
 
 @_register(
+    "conv_projection(Tensor x, Tensor w, Tensor? bias, Tensor x_d, Tensor w_d, Tensor? bias_d, SymInt[2] stride_d,"
+    " bool relu) -> Tensor"
+)
+def conv_projection(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    x_d: Tensor,
+    w_d: Tensor,
+    bias_d: Tensor | None,
+    stride_d: Sequence[int],
+    relu: bool,
+) -> Tensor:
+    """The end of a folded block with a projection shortcut: ``act(conv(x, w) + bias + conv(x_d, w_d) + bias_d)``.
+
+    Both convs are 1x1, that of the block's input ``x_d`` (N, C_d, H, W) with ``stride_d``; ``x`` (N, C, P, Q) lies on
+    the grid that is left of it. ``w`` (K, C, 1, 1), ``w_d`` (K, C_d, 1, 1), biases (K,), the result (N, K, P, Q).
+    """
+    p = out_size(x_d.shape[2], 1, stride_d[0], 0, 1)
+    q = out_size(x_d.shape[3], 1, stride_d[1], 0, 1)
+    return new_activation(x, (x.shape[0], w.shape[0], p, q))
+
+
+@_register(
     "conv_dgrad(Tensor g, Tensor? z, Tensor? bn, Tensor? sums, Scalar inv_count, Tensor w, SymInt[2] input_size,"
     " SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, Tensor? residual,"
     " SymInt[2] residual_stride,"

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedres import autocast, dispatch, folding
+from fusedres.engines.nvidia import is_capturing
 from fusedres.guards import Guard, all_hold
 from fusedres.inspection import is_traced, is_transformed
 from fusedres.layout import channels_last
@@ -119,7 +120,7 @@ def remember(
     conv = pairs[0].conv
     entry = folding.entry_of(conv, x)
     is_other_tensor = isinstance(shortcut, Tensor) and shortcut is not x
-    if entry is None or is_other_tensor or not _may_recall(x) or folding.is_capturing(x):
+    if entry is None or is_other_tensor or not _may_recall(x) or is_capturing(x.device):
         _chains.pop(conv, None)
         return
     guards = tuple(map(Guard.of, modules_of(pairs, shortcut, activations)))
@@ -135,7 +136,7 @@ def network(
     x: (N, C, H, W). ``forward`` must depend on ``net``, its attributes and modules alone. ``chains``: the modules of
     each chain that it runs, if it runs nothing else.
     """
-    if not isinstance(x, Tensor) or type(x) is not Tensor or not _may_recall(x) or folding.is_capturing(x):
+    if not isinstance(x, Tensor) or type(x) is not Tensor or not _may_recall(x) or is_capturing(x.device):
         return forward(x)
     again = _again(net, x)
     if again is not None:

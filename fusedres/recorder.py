@@ -56,6 +56,7 @@ class Recorder(TorchDispatchMode):
         self._views: dict[tuple[Any, ...], fx.Node] = {}
         self._launches: dict[fx.Node, Launch] = {}
         self._bytes: dict[fx.Node, int] = {}  # of what was made empty
+        self._effects: set[fx.Node] = set()  # calls that matter, whatever they return
         self._written: list[fx.Node] = []  # by ops of ours, unseen by autograd
         self._device = next(t.device for t in inputs if t is not None)
         for i, t in enumerate(inputs):
@@ -80,8 +81,9 @@ class Recorder(TorchDispatchMode):
             self._know(result, self._empty(result), ())
             return result
         node = self._call(func, args, kwargs)
-        is_in_place = _is_tensor(result) and result in self._known
-        if self.reason is None and not is_in_place:
+        if _is_tensor(result) and result in self._known:  # an argument given back: in place, or waited for
+            self._effects.add(node)
+        elif self.reason is None:
             self._know(result, node, [t for t in tree_leaves((args, kwargs)) if _is_tensor(t)])
         return result
 
@@ -165,7 +167,7 @@ class Recorder(TorchDispatchMode):
         if node.op != "call_function":
             return True
         is_mutable = isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-        return is_mutable or node.target is increment_version or node in self._launches
+        return is_mutable or node.target is increment_version or node in self._launches or node in self._effects
 
     def _share_allocation(self) -> None:
         """One allocation for all small tensors that nobody but launches use."""

@@ -69,6 +69,20 @@ def conv_fprop(
     return y, channel_stats(y) if genstats else no_sums(y)
 
 
+def conv_projection(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    x_d: Tensor,
+    w_d: Tensor,
+    bias_d: Tensor | None,
+    stride_d: Sequence[int],
+    relu: bool,
+) -> Tensor:
+    y = F.conv2d(x, w, bias) + F.conv2d(x_d, w_d, bias_d, stride_d)
+    return channels_last(_relu(y) if relu else y)
+
+
 def _drelu(g: Tensor, z: Tensor, bn: Tensor) -> tuple[Tensor, Tensor]:
     """``g`` masked by the ReLU after ``bn``, and the sums (2, C) of that BN."""
     rows = BN.rows(bn)

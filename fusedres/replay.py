@@ -4,8 +4,8 @@ A training step of ResNet-50 is some 540 launches and 600 calls of ATen. Finding
 engines, takes the host longer than a GPU needs to do the work; and for the same problem the answer is the same. So the
 first call of a problem runs as it is written, the second is recorded while it runs, and those after it run the program.
 
-What a program depends on is its key: the function and its settings, the engine asked for, and of every tensor its
-dtype, shape, strides, device and alignment. Values are never looked at.
+What a program depends on is its key: the function and its settings, the engine asked for, whether choices are made by
+measurement, and of every tensor its dtype, shape, strides, device and alignment. Values are never looked at.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fusedres import dispatch
+from fusedres import dispatch, tuning
 from fusedres.recorder import Outputs, Program, Recorder, Tensors
 
 #: More problems than a training run meets; beyond them everything is forgotten, and recorded anew.
@@ -56,7 +56,7 @@ def call(function: Callable[..., Outputs], settings: tuple[Hashable, ...], tenso
     looks = _looks(tensors) if _may_replay(tensors[0]) else None
     if looks is None:
         return function(*settings, *tensors)
-    key = function, settings, dispatch.forced(), torch.backends.cudnn.allow_tf32, looks
+    key = function, settings, dispatch.forced(), tuning.is_on(), torch.backends.cudnn.allow_tf32, looks
     met = _met.get(key)
     if met is None:
         if len(_met) >= MOST:
@@ -67,12 +67,16 @@ def call(function: Callable[..., Outputs], settings: tuple[Hashable, ...], tenso
         return met.program(*tensors)
     if met.has_none:
         return function(*settings, *tensors)
+    waiting = tuning.undecided()
     _active.recorder = Recorder(tensors)
     try:
         with _active.recorder as recorder:
             outputs = function(*settings, *tensors)
     finally:
         _active.recorder = None
+    if tuning.undecided() != waiting:  # no program of choices that are still to be made: the next call makes them
+        _met.pop(key, None)
+        return outputs
     program = recorder.program(outputs)
     _met[key] = Met(program, program is None)
     return outputs

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
 
-from fusedres import dispatch
+from fusedres import dispatch, tuning
 from fusedres.distributed import Group
 from fusedres.problem import ConvProblem, Pair
 
@@ -73,6 +73,7 @@ class ChainSpec:
     relu: bool
     memory: Memory
     engine: str | None = field(default_factory=dispatch.forced)
+    tunes: bool = field(default_factory=tuning.is_on)
 
 
 def is_closed(unit: UnitSpec, problem: ConvProblem, element_size: int, flops_per_byte: int) -> bool:

@@ -122,6 +122,8 @@ def _reads(name: str, named: dict[str, Any]) -> list[tuple[Tensor, int]]:
             nbytes = bytes_of(tensor)
             if argument in ("x", "input") and (problem := _problem(name, named)) is not None:
                 nbytes = _touched(tensor, problem)
+            if argument == "x_d":
+                nbytes = _touched(tensor, ConvProblem.of(tensor, named["w_d"], named["stride_d"]))
             found.append((tensor, nbytes * (passes if tensor.dim() == 4 else 1)))
     return found
 

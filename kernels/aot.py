@@ -23,7 +23,7 @@ from fusedres.kernels.launch import Launch, recording
 from fusedres.problem import ConvProblem
 
 #: Compute capability for which each row of ``configs.TABLE`` is compiled.
-CAPABILITY = {"sm80": 80, "sm86": 86, "sm90": 90, "sm100": 100}
+CAPABILITY = {"sm80": 80, "sm86": 86, "sm89": 89, "sm90": 90, "sm100": 100, "sm120": 120}
 
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8", torch.int64: "i64"}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,9 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
     group_m: int = 8  # tiles of gemm_m that share a column of gemm_n before the next: L2 reuse
+
+    def __str__(self) -> str:
+        return f"{self.block_m}x{self.block_n}x{self.block_k}, {self.num_warps} warps, {self.num_stages} stages"
 
 
 #: The width under which a table holds the tile for operands that are read number by number: channels that are no
@@ -108,9 +112,12 @@ _SM100 = Machine(
 
 TABLE: dict[str, Machine] = {
     "sm80": _SM80,
+    # 99 KiB of shared memory for a block, and mma.sync: the tiles of sm_80, which take 64 KiB at most, fit these too.
     "sm86": _SM80._replace(programs=336),
+    "sm89": _SM80._replace(programs=568),
     "sm90": _SM90,
     "sm100": _SM100,
+    "sm120": _SM80._replace(programs=680),
     # Small tiles, so that tests on small tensors have several of them and ragged ones.
     "interpreter": Machine(
         fprop={(2, 0): Tile(32, 32, 16, 4, 1, 2), (4, 0): Tile(64, 16, 32, 4, 1, 2)},
@@ -123,11 +130,8 @@ TABLE: dict[str, Machine] = {
 
 def machine_name(major: int, minor: int) -> str:
     """The row of ``TABLE`` for a compute capability; an unknown one gets that of the nearest older."""
-    if major >= 10:
-        return "sm100"
-    if major == 9:
-        return "sm90"
-    return "sm80" if (major, minor) <= (8, 0) else "sm86"
+    rows = (("sm120", (12, 0)), ("sm100", (10, 0)), ("sm90", (9, 0)), ("sm89", (8, 9)), ("sm86", (8, 6)))
+    return next((name for name, least in rows if (major, minor) >= least), "sm80")
 
 
 #: The machine whose table serves meta tensors.
@@ -160,25 +164,63 @@ def machine(device: torch.device) -> Machine:
 
 
 #: The tile that ``trying`` puts before the tables.
-_tried: Tile | None = None
+_tried: ContextVar[Tile | None] = ContextVar("fusedres_tried_tile", default=None)
 
 
 @contextmanager
 def trying(tile: Tile) -> Iterator[None]:
-    """Within this context every conv runs with ``tile``: how a table is measured. Not for several threads."""
-    global _tried
-    before, _tried = _tried, tile
+    """Within this context (this thread) every conv runs with ``tile``: to measure a table, or to follow a choice."""
+    token = _tried.set(tile)
     try:
         yield
     finally:
-        _tried = before
+        _tried.reset(token)
 
 
 def choose(table: Table, element_size: int, gemm_n: int, gathers: bool) -> Tile:
     """The narrowest tile of the dtype that is as wide as ``gemm_n``, else the widest; or that for gathering."""
-    if _tried is not None:
-        return _tried
+    tried = _tried.get()
+    if tried is not None:
+        return tried
     if gathers and (element_size, GATHER) in table:
         return table[element_size, GATHER]
     widths = [width for size, width in table if size == element_size and width >= max(gemm_n, 1)]
     return table[element_size, min(widths, default=0)]
+
+
+_GEMM_TILES = (
+    Tile(64, 32, 32, 4, 4),
+    Tile(128, 32, 64, 4, 3),
+    Tile(64, 64, 64, 4, 3),
+    Tile(128, 64, 64, 4, 3),
+    Tile(128, 64, 32, 4, 4),
+    Tile(64, 128, 64, 4, 4),
+    Tile(128, 128, 32, 8, 3),
+    Tile(128, 128, 64, 8, 3),
+    Tile(128, 128, 64, 4, 3),
+    Tile(128, 256, 64, 8, 3),
+    Tile(256, 128, 64, 8, 3),
+)
+_FLOAT32_TILES = (
+    Tile(64, 32, 32, 4, 3),
+    Tile(64, 64, 32, 4, 3),
+    Tile(128, 64, 32, 4, 3),
+    Tile(64, 128, 32, 4, 3),
+    Tile(128, 128, 32, 8, 3),
+)
+_GATHER_TILES = (
+    Tile(32, 32, 32, 4, 2),
+    Tile(64, 32, 32, 4, 2),
+    Tile(64, 64, 32, 4, 2),
+    Tile(128, 64, 32, 4, 2),
+    Tile(64, 64, 64, 4, 3),
+    Tile(128, 64, 64, 4, 3),
+)
+
+
+def candidates(element_size: int, gemm_n: int, gathers: bool) -> list[Tile]:
+    """Tiles worth timing for a problem of the class that ``choose`` is told: none wider than it without need, and
+    not those narrower than half a tile that fits. What a GPU has no shared memory for fails to launch there."""
+    tiles = _GATHER_TILES if gathers else _GEMM_TILES if element_size == 2 else _FLOAT32_TILES
+    widest = max(32, min(256, 1 << max(gemm_n - 1, 0).bit_length()))
+    return [tile for tile in tiles if min(widest, 128) // 2 <= tile.block_n <= widest]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fusedres.kernels import configs
 from fusedres.kernels.epilogue import drelu, tile_sums
-from fusedres.kernels.groups import blocking
+from fusedres.kernels.groups import blocking, tile_class
 from fusedres.kernels.launch import (
     cdiv,
     check_operands,
@@ -335,8 +335,7 @@ def _conv_dgrad(
     assert w is not None
     dx = new_activation(g, size)
     blocks = blocking(problem)
-    gathers = k % 16 != 0 or problem.C % 16 != 0
-    tile = configs.choose(configs.machine(g.device).dgrad, g.element_size(), blocks.c, gathers)
+    tile = configs.choose(configs.machine(g.device).dgrad, g.element_size(), *tile_class("conv_dgrad", problem))
     classes = problem.stride[0] * problem.stride[1]
     class_h, class_w = cdiv(problem.H, problem.stride[0]), cdiv(problem.W, problem.stride[1])
     gemm_m = problem.N * class_h * class_w

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fusedres.kernels import configs
 from fusedres.kernels.epilogue import tile_statistics
-from fusedres.kernels.groups import blocking, is_flat
+from fusedres.kernels.groups import blocking, is_flat, tile_class
 from fusedres.kernels.launch import (
     cdiv,
     check_operands,
@@ -211,7 +211,7 @@ def conv_fprop(
     y = new_activation(x, size)
     blocks = blocking(problem)
     flat = is_flat(problem)
-    tile = configs.choose(configs.machine(x.device).fprop, x.element_size(), blocks.k, flat or problem.C % 16 != 0)
+    tile = configs.choose(configs.machine(x.device).fprop, x.element_size(), *tile_class("conv_fprop", problem))
     tiles_m = cdiv(problem.gemm_m, tile.block_m)
     tiles_n = blocks.count * cdiv(blocks.k, tile.block_n)
     parts = x.new_empty((tiles_m if genstats else 0, STAT_ROWS, problem.K), dtype=torch.float32)
@@ -221,7 +221,7 @@ def conv_fprop(
             (tiles_m * tiles_n,),
             x,
             w,
-            bias,
+            contiguous(bias),
             residual,
             contiguous(in_bn),
             y,

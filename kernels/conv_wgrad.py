@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedres.kernels import configs
-from fusedres.kernels.groups import blocking, is_flat
+from fusedres.kernels.groups import blocking, is_flat, tile_class
 from fusedres.kernels.launch import (
     cdiv,
     check_operands,
@@ -192,8 +192,7 @@ def conv_wgrad(
     machine = configs.machine(x.device)
     taps = problem.R * problem.S
     flat = is_flat(problem)
-    gathers = flat or k % 16 != 0 or problem.C % 16 != 0
-    tile = configs.choose(machine.wgrad, x.element_size(), taps * blocks.c if flat else blocks.c, gathers)
+    tile = configs.choose(machine.wgrad, x.element_size(), *tile_class("conv_wgrad", problem))
     tiles_m = blocks.count * cdiv(blocks.k, tile.block_m)
     tiles_n = cdiv(taps * blocks.c, tile.block_n) if flat else taps * cdiv(blocks.c, tile.block_n)
     chunk = chunk_of(problem.gemm_m, tiles_m * tiles_n, machine.programs, tile.block_k)

@@ -28,11 +28,14 @@ class Multiprocessor(NamedTuple):
 #: By the names of ``configs.TABLE``.
 MULTIPROCESSORS = {
     "sm80": Multiprocessor("A100", 108, 65536, 2048, 32, 164 << 10, 163 << 10),
+    "sm86": Multiprocessor("A40", 84, 65536, 1536, 16, 100 << 10, 99 << 10),
+    "sm89": Multiprocessor("L40S", 142, 65536, 1536, 24, 100 << 10, 99 << 10),
     "sm90": Multiprocessor("H100 SXM", 132, 65536, 2048, 32, 228 << 10, 227 << 10),
     "sm100": Multiprocessor("B200", 148, 65536, 2048, 32, 228 << 10, 227 << 10),
+    "sm120": Multiprocessor("RTX 5090", 170, 65536, 1536, 24, 100 << 10, 99 << 10),
 }
 _RESERVED = 1 << 10
-_MATRIX_INSTRUCTION = {"sm80": "mma.sync", "sm90": "wgmma.mma_async", "sm100": "tcgen05.mma"}
+_MATRIX_INSTRUCTION = dict.fromkeys(MULTIPROCESSORS, "mma.sync") | {"sm90": "wgmma.mma_async", "sm100": "tcgen05.mma"}
 
 
 class Usage(NamedTuple):

@@ -42,6 +42,17 @@ def is_flat(problem: ConvProblem) -> bool:
     return problem.groups == 1 and problem.C < _FLAT_BELOW and problem.R * problem.S > 1
 
 
+def tile_class(op: str, problem: ConvProblem) -> tuple[int, bool]:
+    """What decides the tile of a conv: the width of its gemm_n, and whether operands are read number by number."""
+    blocks, flat = blocking(problem), is_flat(problem)
+    odd_c, odd_k = problem.C % 16 != 0, problem.K % 16 != 0
+    if op == "conv_fprop":
+        return blocks.k, flat or odd_c
+    if op == "conv_dgrad":
+        return blocks.c, odd_c or odd_k
+    return problem.R * problem.S * blocks.c if flat else blocks.c, flat or odd_c or odd_k
+
+
 def blocking(problem: ConvProblem) -> Blocking:
     """Merge as many groups as fit into ``WIDTH`` channels, on the wider side of the conv."""
     groups = problem.groups

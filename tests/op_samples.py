@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -150,6 +151,10 @@ def _pointwise_samples(make: Operands, name: str, problem: ConvProblem) -> Itera
     x, w, g, stride = make.input(problem), make.weight(problem), make.output(problem), problem.stride
     in_bn, bn, sums, bias = make.bn(problem.C), make.bn(problem.K), make.sums(problem.K), make.vector(problem.K)
     count, sum_g = 1 / problem.gemm_m, make.sums(problem.K)[0].clone()
+    a, w_a = make.activation(problem.N, 5, problem.P, problem.Q), make.weight(replace(problem, C=5))
+    for label, biases, relu in (("plain", (None, None), False), ("everything", (bias, make.vector(problem.K)), True)):
+        args = (a, w_a, biases[0], x, w, biases[1], stride, relu)
+        yield Sample("conv_projection", f"{name}-{label}", args)
     moments = make.moments(x, stride)
     yield Sample("input_moments", f"{name}-plain", (x, None, stride))
     yield Sample("input_moments", f"{name}-activated", (x, in_bn, stride))

@@ -8,7 +8,7 @@ from oracles import block_twins, needs_native
 from torch import nn
 
 import fusedres
-from fusedres import FusedBasicBlock, FusedBottleneck, FusedConvBNReLU, explain
+from fusedres import FusedBasicBlock, FusedBottleneck, FusedConvBNReLU, explain, tuning
 
 
 class Network(nn.Module):
@@ -38,6 +38,17 @@ def test_only_the_engines_for_gpus_are_passed_over_on_a_cpu_with_the_native_libr
 def test_preferred_engine_is_named() -> None:
     with fusedres.engine("reference"):
         assert {row.engine for row in explain(Network())} == {"reference"}
+
+
+def test_where_nothing_was_tuned_rows_are_the_same_within_autotune(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # no Triton
+    tuning._environment.cache_clear()
+    try:
+        with fusedres.autotune():
+            inside = explain(Network())
+    finally:
+        tuning._environment.cache_clear()
+    assert inside == explain(Network())
 
 
 def test_a_lone_block_is_explained_under_its_own_name() -> None:

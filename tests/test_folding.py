@@ -332,7 +332,8 @@ def test_what_a_cuda_graph_reads_stays_and_what_it_folds_is_not_kept(
 
     def weights(is_captured: bool) -> weakref.ref[Callable]:
         with monkeypatch.context() as patch:
-            patch.setattr(folding, "is_capturing", lambda x: is_captured)
+            for module in (folding, recall):
+                patch.setattr(module, "is_capturing", lambda device: is_captured)
             blocks[0](x)
         return weakref.ref(folding._entries[blocks[0].conv1].run)
 

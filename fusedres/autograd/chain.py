@@ -158,6 +158,6 @@ class ChainFunction(torch.autograd.Function):
         refuse_followers()
         if dy is None:
             return (None,) * len(ctx.needs_input_grad)
-        with dispatch.as_in_forward(ctx.spec.engine), autocast.suspended(dy.device.type):
+        with dispatch.as_in_forward(ctx.spec.engine, ctx.spec.tunes), autocast.suspended(dy.device.type):
             settings = ctx.spec, ctx.needs, ctx.input_size, ctx.dtypes
             return None, None, *replay.call(chain_backward, settings, (dy, *ctx.saved_tensors))

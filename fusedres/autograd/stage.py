@@ -102,7 +102,7 @@ class StageFunction(torch.autograd.Function):
             settings.append(Backward(link, of_chain.shape[2:], tuple(map(ParameterDtypes.of, of_units))))
             kept += [*keep_parameters(link.needs, of_units, x.dtype), *saved_by_units[at : at + size]]
             unit, at = unit + link.units, at + size
-        ctx.settings, ctx.engine = tuple(settings), links[0].spec.engine
+        ctx.settings, ctx.spec = tuple(settings), links[0].spec
         ctx.save_for_backward(x if links[0].needs.reads_x else None, *outputs, *kept)
         return y, *saved
 
@@ -111,5 +111,5 @@ class StageFunction(torch.autograd.Function):
         refuse_followers()
         if dy is None:
             return (None,) * len(ctx.needs_input_grad)
-        with dispatch.as_in_forward(ctx.engine), autocast.suspended(dy.device.type):
+        with dispatch.as_in_forward(ctx.spec.engine, ctx.spec.tunes), autocast.suspended(dy.device.type):
             return None, *replay.call(_backward, (ctx.settings,), (dy, *ctx.saved_tensors))

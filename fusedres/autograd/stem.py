@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedres import autocast, dispatch, ops, replay
+from fusedres import autocast, dispatch, ops, replay, tuning
 from fusedres.autograd.needs import UnitNeeds
 from fusedres.autograd.once import refuse_followers
 from fusedres.autograd.unit import (
@@ -31,7 +31,7 @@ def stem_chain(unit: UnitSpec, pool: PoolSpec, x: Tensor, t: UnitTensors) -> Ten
         y = replay.call(_forward, (unit, needs, pool), (x, *t))[0]
         assert y is not None
         return y
-    return StemFunction.apply(unit, needs, pool, dispatch.forced(), x, *t)[0]
+    return StemFunction.apply(unit, needs, pool, dispatch.forced(), tuning.is_on(), x, *t)[0]
 
 
 def _forward(
@@ -90,7 +90,7 @@ def _backward(
 
 
 class StemFunction(torch.autograd.Function):
-    """``apply(unit, needs, pool, engine, x, *unit tensors) -> (y, *saved)``, these for backward alone."""
+    """``apply(unit, needs, pool, engine, tunes, x, *unit tensors) -> (y, *saved)``, these for backward alone."""
 
     @staticmethod
     def forward(
@@ -99,12 +99,13 @@ class StemFunction(torch.autograd.Function):
         needs: UnitNeeds,
         pool: PoolSpec,
         engine: str | None,
+        tunes: bool,
         x: Tensor,
         *flat: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         y, *saved = replay.call(_forward, (unit, needs, pool), (x, *flat))
         (t,) = unit_tensors(flat)
-        ctx.unit, ctx.needs, ctx.pool, ctx.engine = unit, needs, pool, engine
+        ctx.unit, ctx.needs, ctx.pool, ctx.engine, ctx.tunes = unit, needs, pool, engine, tunes
         ctx.mark_non_differentiable(*(t for t in saved if t is not None))
         ctx.set_materialize_grads(False)
         ctx.input_size, ctx.kernel_size, ctx.dtypes = x.shape[2:], t.w.shape[2:], ParameterDtypes.of(t)
@@ -118,5 +119,5 @@ class StemFunction(torch.autograd.Function):
         if dy is None:
             return (None,) * len(ctx.needs_input_grad)
         settings = ctx.unit, ctx.needs, ctx.pool, ctx.input_size, ctx.kernel_size, ctx.dtypes
-        with dispatch.as_in_forward(ctx.engine), autocast.suspended(dy.device.type):
-            return *(None,) * 4, *replay.call(_backward, settings, (dy, *ctx.saved_tensors))
+        with dispatch.as_in_forward(ctx.engine, ctx.tunes), autocast.suspended(dy.device.type):
+            return *(None,) * 5, *replay.call(_backward, settings, (dy, *ctx.saved_tensors))

@@ -81,6 +81,8 @@ class Engine:
     missing: str | None = None
     #: Whether convs apply their prologues themselves; else the caller materialises ``relu(scale*z+shift)`` and ``dz``.
     fuses_prologue: bool = False
+    #: Whether a projection in eval accumulates into the last conv of its block: ``conv_projection``, one launch.
+    adds_projection: bool = False
     #: FLOPs that take as long as a byte of memory traffic. They decide which widening pointwise convs run without
     #: storing their output, through the ``pointwise_*`` ops: more arithmetic, less traffic. 0: none.
     flops_per_byte: int = 100

@@ -40,6 +40,8 @@ class CPUEngine(Engine):
             return f"it computes on the CPU, the tensors are on {device_type}"
         if dtype not in _DTYPES:
             return f"it has no kernels for {dtype}"
+        if op == "conv_projection":
+            return "it runs the two convs one by one"
         if op not in _SMALL_OPS and op != "conv_fprop":
             return self.missing
         return None

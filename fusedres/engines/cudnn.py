@@ -21,7 +21,7 @@ from fusedres import reference
 from fusedres.engines import Engine
 from fusedres.engines.nvidia import capability
 from fusedres.engines.triton import TRITON
-from fusedres.layout import add_on_grid_, channels_last, from_pixel_matrix, no_sums, pixel_matrix
+from fusedres.layout import BN_ROWS, add_on_grid_, channels_last, from_pixel_matrix, no_sums, pixel_matrix
 from fusedres.problem import is_plain_gemm
 
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -51,53 +51,11 @@ class CuDNNEngine(Engine):
     def __getattr__(self, op: str) -> Callable[..., Any]:
         return getattr(TRITON, op)
 
-    @staticmethod
-    def conv_fprop(
-        x: Tensor,
-        w: Tensor,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        in_bn: Tensor | None,
-        stride: Sequence[int],
-        padding: Sequence[int],
-        dilation: Sequence[int],
-        groups: int,
-        relu: bool,
-        genstats: bool,
-    ) -> tuple[Tensor, Tensor]:
-        if bias is not None or residual is not None or relu:  # an epilogue: there the kernel with one is ahead
-            return TRITON.conv_fprop(x, w, bias, residual, in_bn, stride, padding, dilation, groups, relu, genstats)
-        y = channels_last(F.conv2d(_input(x, in_bn), channels_last(w), None, stride, padding, dilation, groups))
-        return y, _kernel("channel_stats", "channel_stats")(y) if genstats else no_sums(y)
+    def conv_fprop(self, *args: Any) -> tuple[Tensor, Tensor]:
+        return (TRITON.conv_fprop if prefers_triton("conv_fprop", args) else vendor_fprop)(*args)
 
-    @staticmethod
-    def conv_dgrad(
-        g: Tensor,
-        z: Tensor | None,
-        bn: Tensor | None,
-        sums: Tensor | None,
-        inv_count: float,
-        w: Tensor,
-        input_size: Sequence[int],
-        stride: Sequence[int],
-        padding: Sequence[int],
-        dilation: Sequence[int],
-        groups: int,
-        residual: Tensor | None,
-        residual_stride: Sequence[int],
-        prev_z: Tensor | None,
-        prev_bn: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        dz = g if bn is None else TRITON.dbn(g, z, bn, sums, inv_count)
-        takes_sum = is_plain_gemm(w.shape[2:], stride, padding, groups) and prev_z is None
-        if takes_sum and residual is not None:  # what the sum costs apart is more than the conv
-            plain = (dz, None, None, None, 0.0, w, input_size, stride, padding, dilation, groups)
-            return TRITON.conv_dgrad(*plain, residual, residual_stride, None, None)
-        operands = (channels_last(dz), channels_last(w), input_size)
-        dx = reference.convolution_dgrad(*operands, stride, padding, dilation, groups)
-        if residual is not None:
-            add_on_grid_(dx, residual, residual_stride)
-        return dx, _drelu_(dx, prev_z, prev_bn)
+    def conv_dgrad(self, *args: Any) -> tuple[Tensor, Tensor]:
+        return (TRITON.conv_dgrad if prefers_triton("conv_dgrad", args) else vendor_dgrad)(*args)
 
     @staticmethod
     def conv_dgrad_drelu_dbn(
@@ -119,27 +77,11 @@ class CuDNNEngine(Engine):
         if is_plain_gemm(w.shape[2:], stride, padding, groups):  # as conv_dgrad with a residual
             dz = g if bn is None else TRITON.dbn(g, z, bn, sums, inv_count)
             return TRITON.conv_dgrad_drelu_dbn(dz, None, None, None, 0.0, *conv, residual, *tail)
-        dx, _ = CuDNNEngine.conv_dgrad(g, z, bn, sums, inv_count, *conv, residual, (1, 1), None, None)
+        dx, _ = vendor_dgrad(g, z, bn, sums, inv_count, *conv, residual, (1, 1), None, None)
         return dx, *_kernel("tails", "drelu_dbn_")(dx, *tail)
 
-    @staticmethod
-    def conv_wgrad(
-        g: Tensor,
-        z: Tensor | None,
-        bn: Tensor | None,
-        sums: Tensor | None,
-        inv_count: float,
-        x: Tensor,
-        in_bn: Tensor | None,
-        kernel_size: Sequence[int],
-        stride: Sequence[int],
-        padding: Sequence[int],
-        dilation: Sequence[int],
-        groups: int,
-    ) -> Tensor:
-        dz = g if bn is None else TRITON.dbn(g, z, bn, sums, inv_count)
-        operands = (channels_last(dz), _input(x, in_bn), kernel_size)
-        return reference.convolution_wgrad(*operands, stride, padding, dilation, groups)
+    def conv_wgrad(self, *args: Any) -> Tensor:
+        return vendor_wgrad(*args)
 
     @staticmethod
     def input_moments(x: Tensor, in_bn: Tensor | None, stride: Sequence[int]) -> Tensor:
@@ -189,6 +131,92 @@ class CuDNNEngine(Engine):
         return dx, _kernel("tails", "drelu_")(dx, prev_z, prev_bn, constant)
 
 
+def prefers_triton(op: str, args: Sequence[Any]) -> bool:
+    """Whether a conv with these arguments is left to the ``triton`` engine: where its epilogue spares whole passes."""
+    if op == "conv_fprop":
+        _, _, bias, residual, _, *_, relu, _ = args
+        return bias is not None or residual is not None or relu
+    if op == "conv_dgrad":  # what the sum costs apart is more than the conv
+        w, _, stride, padding, _, groups, residual, _, prev_z, _ = args[5:]
+        takes_sum = is_plain_gemm(w.shape[2:], stride, padding, groups) and prev_z is None
+        return takes_sum and residual is not None
+    return False
+
+
+def vendor_fprop(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    in_bn: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    relu: bool,
+    genstats: bool,
+) -> tuple[Tensor, Tensor]:
+    """The vendor's conv; bias, shortcut and ReLU in one pass of ours behind it, statistics in another."""
+    y = channels_last(F.conv2d(_input(x, in_bn), channels_last(w), None, stride, padding, dilation, groups))
+    if bias is not None or residual is not None or relu:
+        y = TRITON.scale_shift_add_relu(y, _bias_as_bn(bias, y), residual, None, relu)
+    return y, _kernel("channel_stats", "channel_stats")(y) if genstats else no_sums(y)
+
+
+def vendor_dgrad(
+    g: Tensor,
+    z: Tensor | None,
+    bn: Tensor | None,
+    sums: Tensor | None,
+    inv_count: float,
+    w: Tensor,
+    input_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    residual: Tensor | None,
+    residual_stride: Sequence[int],
+    prev_z: Tensor | None,
+    prev_bn: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The vendor's, of ``dz`` materialised; the sum or the ReLU's mask in a pass behind it."""
+    dz = g if bn is None else TRITON.dbn(g, z, bn, sums, inv_count)
+    operands = (channels_last(dz), channels_last(w), input_size)
+    dx = reference.convolution_dgrad(*operands, stride, padding, dilation, groups)
+    if residual is not None:
+        add_on_grid_(dx, residual, residual_stride)
+    return dx, _drelu_(dx, prev_z, prev_bn)
+
+
+def vendor_wgrad(
+    g: Tensor,
+    z: Tensor | None,
+    bn: Tensor | None,
+    sums: Tensor | None,
+    inv_count: float,
+    x: Tensor,
+    in_bn: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """The vendor's, of both operands materialised."""
+    dz = g if bn is None else TRITON.dbn(g, z, bn, sums, inv_count)
+    operands = (channels_last(dz), _input(x, in_bn), kernel_size)
+    return reference.convolution_wgrad(*operands, stride, padding, dilation, groups)
+
+
+#: What serves each conv by the vendor's, whatever its dtype and epilogue.
+VENDOR: dict[str, Callable[..., Any]] = {
+    "conv_fprop": vendor_fprop,
+    "conv_dgrad": vendor_dgrad,
+    "conv_wgrad": vendor_wgrad,
+}
+
+
 @functools.cache
 def _kernel(module: str, name: str) -> Callable[..., Any]:
     """A kernel that serves no op of its own. Triton is imported when it is first needed."""
@@ -198,6 +226,15 @@ def _kernel(module: str, name: str) -> Callable[..., Any]:
 def _input(x: Tensor, in_bn: Tensor | None) -> Tensor:
     """A conv's input with its prologue materialised."""
     return channels_last(x) if in_bn is None else TRITON.scale_shift_add_relu(x, in_bn, None, None, True)
+
+
+def _bias_as_bn(bias: Tensor | None, y: Tensor) -> Tensor:
+    """``bn`` (4, K) that scales by one and shifts by ``bias``."""
+    bn = y.new_zeros((BN_ROWS, y.shape[1]), dtype=torch.float32)
+    bn[2] = 1.0
+    if bias is not None:
+        bn[3] = bias
+    return bn
 
 
 def _drelu_(dx: Tensor, prev_z: Tensor | None, prev_bn: Tensor | None) -> Tensor:

@@ -35,6 +35,11 @@ def capability() -> tuple[int, int] | None:
     return planned() or (torch.cuda.get_device_capability() if torch.cuda.is_available() else None)
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is computed on ``device`` now goes into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 @functools.cache
 def old_device() -> str | None:
     """Why a GPU of this machine is too old, or None."""

@@ -27,6 +27,7 @@ _MODULES = {
     "conv_dgrad": "conv_dgrad",
     "conv_dgrad_drelu_dbn": "conv_dgrad",
     "conv_wgrad": "conv_wgrad",
+    "conv_projection": "conv_projection",
     "scale_shift_add_relu": "tails",
     "drelu_dbn": "tails",
     "dbn": "tails",
@@ -45,6 +46,7 @@ class TritonEngine(Engine):
 
     name = "triton"
     fuses_prologue = True
+    adds_projection = True
     flops_per_byte = 0
     replays = True
 
@@ -60,7 +62,7 @@ class TritonEngine(Engine):
         return None
 
     def rejects(self, op: str, device_type: str, dtype: torch.dtype) -> str | None:
-        if device_type != "cuda" and not (device_type == "cpu" and _interpreted()):
+        if device_type != "cuda" and not (device_type == "cpu" and interpreted()):
             return f"it computes on CUDA devices, the tensors are on {device_type}"
         if dtype not in _DTYPES:
             return f"it has no kernels for {dtype}"
@@ -81,7 +83,7 @@ class TritonEngine(Engine):
 
 
 @functools.cache
-def _interpreted() -> bool:
+def interpreted() -> bool:
     """Whether the kernels run under Triton's interpreter: Triton reads the variable when a kernel is defined."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
 

@@ -83,6 +83,12 @@ def test_offsets_of_64_bits_give_the_same(device: str, monkeypatch: pytest.Monke
         assert torch.equal(first, second)
 
 
+def test_an_expanded_bias_is_one_value(device: str) -> None:
+    args = list(fprop_args(Operands(torch.float32), RAGGED, "bias"))
+    args[2] = args[2][:1].expand(RAGGED.K)
+    assert_matches(conv_fprop, tuple(args), device)
+
+
 def test_operands_of_other_shapes_are_refused(device: str) -> None:
     args = list(fprop_args(Operands(torch.float32), RAGGED, "bias"))
     args[2] = args[2][:-1]

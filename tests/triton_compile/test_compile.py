@@ -18,6 +18,7 @@ from fusedres.kernels import aot, configs
 from fusedres.kernels.aot import PROBLEMS, Plan, build_of, plans
 from fusedres.kernels.bn_finalize import bn_constants, bn_finalize, bn_fold
 from fusedres.kernels.channel_stats import channel_stats
+from fusedres.kernels.conv_projection import conv_projection
 from fusedres.kernels.cubin import MULTIPROCESSORS, usage
 from fusedres.kernels.launch import Launch, recording
 from fusedres.kernels.pointwise import centre, finish_moments, pointwise_dgrad_operands, pointwise_stats
@@ -25,7 +26,9 @@ from fusedres.kernels.pointwise import pointwise_wgrad_of_product as pointwise_w
 from fusedres.kernels.pool import bn_relu_maxpool, bn_relu_maxpool_backward
 from fusedres.kernels.tails import dbn, drelu_, drelu_dbn, scale_shift_add_relu
 
-MACHINES = tuple(MULTIPROCESSORS)
+MACHINES = ("sm80", "sm90", "sm100")
+#: Machines with 99 KiB of shared memory for a block and the tiles of sm_80.
+SMALLER = ("sm86", "sm89", "sm120")
 FORMS = {"train+prologue", "eval+residual", "residual", "drelu", "prologue"}
 #: Problems whose operands are read number by number: channels that are no multiple of 16, or one to a group.
 GATHERED = {"stem", "depthwise", "ragged"}
@@ -44,6 +47,43 @@ machines = pytest.mark.parametrize("machine", MACHINES)
 @machines
 @pytest.mark.parametrize(("name", "dtype"), CASES, ids=lambda v: str(v).removeprefix("torch."))
 def test_conv_fits_its_machine(name: str, dtype: torch.dtype, machine: str) -> None:
+    assert_fits(name, dtype, machine)
+
+
+@pytest.mark.parametrize("machine", SMALLER)
+@pytest.mark.parametrize(("name", "dtype"), [("3x3 of 256", torch.float16), ("3x3 of 64", torch.float32)], ids=str)
+def test_the_largest_tiles_fit_machines_of_little_shared_memory(name: str, dtype: torch.dtype, machine: str) -> None:
+    assert MULTIPROCESSORS[machine].block_shared_bytes == 99 << 10
+    assert_fits(name, dtype, machine)
+
+
+def tables(machine: str) -> dict[str, configs.Table]:
+    return {name: getattr(configs.TABLE[machine], name) for name in ("fprop", "dgrad", "wgrad")}
+
+
+@pytest.mark.parametrize("machine", SMALLER)
+def test_machines_of_little_shared_memory_have_the_tiles_that_are_compiled_for_sm80(machine: str) -> None:
+    assert tables(machine) == tables("sm80")
+    for (size, _), tile in [item for table in tables(machine).values() for item in table.items()]:
+        operands = (tile.block_m + tile.block_n) * tile.block_k * size * tile.num_stages
+        assert operands <= 64 << 10
+
+
+def test_every_capability_has_the_row_of_the_nearest_older() -> None:
+    rows = {
+        "sm80": [(7, 5), (8, 0)],
+        "sm86": [(8, 6), (8, 7)],
+        "sm89": [(8, 9)],
+        "sm90": [(9, 0)],
+        "sm100": [(10, 0), (10, 3), (11, 0)],
+        "sm120": [(12, 0), (12, 1), (13, 0)],
+    }
+    for name, capabilities in rows.items():
+        assert {configs.machine_name(*capability) for capability in capabilities} == {name}
+
+
+def assert_fits(name: str, dtype: torch.dtype, machine: str) -> None:
+    """Every form of a problem's convs compiles for the machine without spills, and takes no more than it has."""
     builds: dict[aot.Build, Plan] = {p.build: p for p in plans(machine, PROBLEMS[name], dtype) if p.form in FORMS}
     assert len(builds) == len(FORMS)
     for build, plan in builds.items():
@@ -58,6 +98,45 @@ def test_conv_fits_its_machine(name: str, dtype: torch.dtype, machine: str) -> N
             assert not set(accesses) & set(NARROW), f"{where} {accesses}"
             assert any(a.endswith("0x10") or a.startswith("ld.global.v4.b32") for a in accesses), f"{where} {accesses}"
             assert any(a.startswith("st.global.v4.b32") for a in accesses), f"{where} {accesses}"
+
+
+def projections(dtype: torch.dtype) -> Iterator[Launch]:
+    """The ends of a ResNet-50's first and last projected blocks at batch 256, and of one with ragged channels."""
+    for c, c_d, k, side, stride in ((64, 64, 256, 56, 1), (512, 1024, 2048, 14, 2), (20, 36, 50, 15, 2)):
+        size = -(-side // stride)
+        x, x_d = (
+            meta(256, *shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+            for shape in ((c, size, size), (c_d, side, side))
+        )
+        bias = meta(k, dtype=dtype)
+        with recording() as launches:
+            conv_projection(
+                x,
+                meta(k, c, 1, 1, dtype=dtype),
+                bias,
+                x_d,
+                meta(k, c_d, 1, 1, dtype=dtype),
+                bias,
+                (stride, stride),
+                True,
+            )
+        yield from launches
+
+
+@pytest.mark.parametrize("machine", [*MACHINES, "sm86"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_projections_fit_their_machine(dtype: torch.dtype, machine: str) -> None:
+    with configs.planning(machine):
+        first, last, ragged = projections(dtype)
+    for launch in (first, last, ragged):
+        found = usage(build_of(launch), machine)
+        assert found.spilled_bytes == 0, found[:4]
+        assert found.shared_bytes <= MULTIPROCESSORS[machine].block_shared_bytes, found[:4]
+        assert dtype == torch.float32 or found.has_matrix_instruction(machine), found[:4]
+        if launch is not ragged:
+            accesses = found.instructions(ANY_ACCESS)
+            assert not set(accesses) & set(NARROW), accesses
+            assert any(a.startswith("st.global.v4.b32") for a in accesses), accesses
 
 
 def meta(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -127,8 +206,8 @@ def test_small_products_of_closed_units_fit_their_machine(dtype: torch.dtype, ma
     assert len(names) == 7
 
 
-@machines
-def test_every_machine_of_the_report_has_tiles(machine: str) -> None:
+@pytest.mark.parametrize("machine", MULTIPROCESSORS)
+def test_every_machine_has_tiles_and_a_target(machine: str) -> None:
     assert machine in configs.TABLE
     assert machine in aot.CAPABILITY
 
