@@ -248,7 +248,7 @@ def stem(x: Tensor, conv: nn.Conv2d, bn: nn.Module, relu: nn.Module, maxpool: nn
         return recalled
     if pool_reason(maxpool) is not None or chain_reason([pair], [relu]) is not None:
         return maxpool(conv_bn_relu(x, conv, bn, relu))
-    unit, pool, entering = unit_spec(pair), _pool_spec(maxpool), _entering(x)
+    unit, pool, entering = unit_spec(pair), pool_spec(maxpool), _entering(x)
     _check(x, [pair], [unit], None)
     with autocast.suspended(x.device.type):
         spec = ChainSpec((unit,), None, "none", True, "standard")
@@ -260,6 +260,6 @@ def stem(x: Tensor, conv: nn.Conv2d, bn: nn.Module, relu: nn.Module, maxpool: nn
     return y
 
 
-def _pool_spec(pool: nn.Module) -> PoolSpec:
+def pool_spec(pool: nn.Module) -> PoolSpec:
     """Of a max-pool that ``pool_reason`` does not refuse."""
     return PoolSpec(*(as_pair(v)[0] for v in (pool.kernel_size, pool.stride, pool.padding)))  # type: ignore[arg-type]

@@ -26,7 +26,8 @@ torch::stable::Tensor basic_block_fprop(const torch::stable::Tensor& x, const to
                                         const torch::stable::Tensor& bias2,
                                         const std::optional<torch::stable::Tensor>& w_shortcut, int64_t stride);
 
-// x (N, C <= 4, H, W), w (K, 4, 7, 8): the conv's weight, channels and columns padded with zeros. bias (K,) float32.
+// x (N, C <= 4, H, W), w the conv's weight, channels and columns padded with zeros: (K, 4, 7, 8), stride 2 and a max
+// pool behind it, or (K, 4, 3, 4), stride 1. bias (K,) float32.
 torch::stable::Tensor stem_fprop(const torch::stable::Tensor& x, const torch::stable::Tensor& w,
                                  const torch::stable::Tensor& bias);
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fusedres import native
 from fusedres.engines import Engine, EvalChain, EvalRun, FoldedConv
-from fusedres.engines.block_kernels import arguments, form_reason, kernel_of, size_reason
+from fusedres.engines.block_kernels import arguments, form_reason, is_measured, kernel_of, size_reason
 from fusedres.engines.nvidia import old_device, shared_memory
 
 kernels = torch.ops.fusedres_cuda
@@ -35,8 +35,10 @@ class CUDAEngine(Engine):
         return reason or size_reason(chain, self.shared_memory(w.device), _shared_bytes)
 
     def folded_only_by_name(self, chain: EvalChain[FoldedConv]) -> str | None:
-        if kernel_of(chain) == "stem_fprop":
+        if is_measured(chain):
             return None
+        if kernel_of(chain) == "stem_fprop":
+            return "nobody has measured it on a GPU"
         return "a launch a conv is faster wherever both were measured (docs/gpu.md)"
 
     def compile_folded(self, chain: EvalChain[FoldedConv], x_shape: torch.Size) -> EvalRun | None:

@@ -78,19 +78,19 @@ def bottleneck_fprop(
 
 
 def stem_fprop(x: Tensor, w: Tensor, bias: Tensor, run: Any = None) -> tuple[Tensor, dict[str, int]]:
-    """``y`` and the totals of the launch. ``w`` (K, 4, 7, 8) as ``block_kernels.stem_weight`` pads it."""
-    (n, c, h, w_), k, dtype = x.shape, w.shape[0], x.dtype
-    p, q = (h - 1) // 2 + 1, (w_ - 1) // 2 + 1
-    u, v = (p - 1) // 2 + 1, (q - 1) // 2 + 1
+    """``y`` and the totals of the launch. ``w`` (K, 4, R, R + 1) as ``block_kernels.stem_weight`` pads it."""
+    (n, c, h, w_), (k, _, r, _), dtype = x.shape, w.shape, x.dtype
+    p, q = ((h - 1) // 2 + 1, (w_ - 1) // 2 + 1) if r == 7 else (h, w_)
+    u, v = ((p - 1) // 2 + 1, (q - 1) // 2 + 1) if r == 7 else (p, q)
     y = poisoned(dtype, n, k, u, v)
     tensors = [
         address(x, dtype, n, c, h, w_),
-        address(w, dtype, k, 4, 7, 8),
+        address(w, dtype, k, 4, r, r + 1),
         address(bias, torch.float32, k),
         address(y, dtype, n, k, u, v),
     ]
     sizes = [n, h, w_, c, k, p, q, u, v]
-    return y, load("fusedres_emulator").stem_fprop(name_of(dtype), tensors, sizes, SHARED_LIMIT, run or options())
+    return y, load("fusedres_emulator").stem_fprop(name_of(dtype), tensors, sizes, r, SHARED_LIMIT, run or options())
 
 
 def basic_block_fprop(

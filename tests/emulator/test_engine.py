@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 from torchvision.models import resnet as eager_resnet
 
 import fusedres
+from fusedres.cli.networks import EagerNet
 from fusedres.measure import count_launches
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -57,6 +59,38 @@ def test_resnet18_is_a_launch_a_block_in_its_narrow_stages() -> None:
     assert found["fusedres_cuda::stem_fprop"] == 1
     assert found["fusedres_cuda::basic_block_fprop"] == 2 + 2
     assert found["fusedres::conv_fprop"] == 2 * 5
+    assert_accurate(output_results(fused, eager, x))
+
+
+@pytest.mark.parametrize("shortcut", ["A", "B"])
+def test_a_cifar_resnet_is_a_launch_for_the_stem_and_one_a_block(shortcut: str) -> None:
+    net = fusedres.cifar.CifarResNet(1, shortcut=shortcut).eval().to(memory_format=torch.channels_last)
+    fused, eager = shaken(net, EagerNet(net).eval(), torch.float16)
+    x = batch(2, 3, 16, 16, dtype=torch.float16)
+    found = launches(fusedres.freeze(fused), x)
+    assert found["fusedres_cuda::stem_fprop"] == 1
+    assert found["fusedres_cuda::basic_block_fprop"] == {"A": 1, "B": 3}[shortcut]
+    assert found.get("fusedres::conv_fprop", 0) == {"A": 2 * 2, "B": 0}[shortcut]
+    assert_accurate(output_results(fused, eager, x))
+    rows = {row.name: row for row in fusedres.explain(fused)}
+    assert (rows["conv1"].kind, rows["conv1"].folded) == ("CifarResNet: stem", "cuda")
+
+
+def test_a_chain_like_a_stem_that_adds_a_tensor_is_not_taken_for_one() -> None:
+    """Its launch would leave the shortcut out."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+            self.other = nn.Conv2d(3, 8, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.relu(self.bn(self.conv(x)) + self.other(x))
+
+    eager, x = Net().half().eval(), batch(1, 3, 6, 7, dtype=torch.float16)
+    fused = fusedres.fuse(copy.deepcopy(eager))
+    assert "fusedres_cuda::stem_fprop" not in launches(fused, x)
     assert_accurate(output_results(fused, eager, x))
 
 

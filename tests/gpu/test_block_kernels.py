@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
-from geometries import assert_close_as_eager, batch, eager_block, eager_stem, fold, folded
+from geometries import assert_close_as_eager, batch, eager_block, eager_cifar_stem, eager_stem, fold, folded
 from networks import shaken
 from torch import Tensor, nn
 from torchvision.models import resnet as eager_resnet
@@ -68,10 +69,19 @@ def test_a_basic_block_is_as_accurate_as_eager(geometry: tuple[int, int, int, in
 
 
 @dtypes
-@pytest.mark.parametrize("size", [(2, 3, 64, 224, 224), (1, 1, 8, 1, 1), (2, 4, 72, 19, 45)], ids=str)
-def test_the_stem_is_as_accurate_as_eager(size: tuple[int, int, int, int, int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("make", "size"),
+    [
+        *((eager_stem, size) for size in [(2, 3, 64, 224, 224), (1, 1, 8, 1, 1), (2, 4, 72, 19, 45)]),
+        *((eager_cifar_stem, size) for size in [(128, 3, 16, 32, 32), (2, 3, 64, 224, 224), (2, 4, 72, 19, 45)]),
+    ],
+    ids=lambda parameter: getattr(parameter, "__name__", str(parameter)),
+)
+def test_the_stem_is_as_accurate_as_eager(
+    make: Callable[..., nn.Sequential], size: tuple[int, int, int, int, int], dtype: torch.dtype
+) -> None:
     n, c, k, h, w = size
-    stem = eager_stem(c, k, dtype)
+    stem = make(c, k, dtype)
     with torch.no_grad():
         weight, bias = fold(stem[0], stem[1], dtype)
     x = batch(n, c, h, w, dtype=dtype)
