@@ -15,7 +15,7 @@ from fusedres.chains import Chain
 from fusedres.engines import EvalChain, FoldedConv
 from fusedres.functional import ConvBN, pool_spec, unit_spec
 from fusedres.fused_class import is_converted, plan_of
-from fusedres.inspection import checked_module, pool_reason
+from fusedres.inspection import checked_module, head_reason, pool_reason
 from fusedres.layers import FusedConvBNReLU
 from fusedres.resnet import StagedNet
 
@@ -24,11 +24,12 @@ _OPS = ("conv_fprop", "conv_dgrad", "conv_wgrad", "scale_shift_add_relu", "drelu
 
 
 class Row(NamedTuple):
-    """One fused module or chain of a model, or one conv that is not fused.
+    """One fused module or chain of a model, the head of a network, or one conv that is not fused.
 
-    ``engine`` is the engine of its convolutions, or "eager" where its modules run one by one; ``folded`` the one that
-    runs it in eval without gradients, BN folded. ``reason`` says why modules run one by one, why preferred engines were
-    passed over for some op or for the folded form, and why a downsample runs by itself; it is empty where nothing does.
+    ``engine`` is the engine of its convolutions, or "eager" where its modules run one by one, as a head's do;
+    ``folded`` the one that runs it in eval without gradients, BN folded. ``reason`` says why modules run one by one,
+    why preferred engines were passed over for some op or for the folded form, and why a downsample runs by itself; it
+    is empty where nothing does.
     """
 
     name: str
@@ -58,13 +59,14 @@ class Explanation(list[Row]):
 
 
 def explain(model: nn.Module) -> Explanation:
-    """A row for every fused block, layer, stem or chain of ``model`` and every conv outside them, in order.
+    """A row for every fused block, layer, stem or chain of ``model``, its head, and every conv outside them, in order.
 
     They are judged as the model is now: its mode, its parameters' device and dtype. ``print`` shows a table.
     TypeError where ``model`` is no module.
     """
     unfused = unfused_convs(checked_module(model))
     names = {module: name for name, module in model.named_modules()}
+    heads = {module.fc: module for module in names if isinstance(module, StagedNet)}
     blocks = {m for m in names if isinstance(m, (FusedBasicBlock, FusedBottleneck, FusedConvBNReLU))}
     in_blocks = {conv for block in blocks for conv in block.modules()}
     rows = []
@@ -73,6 +75,8 @@ def explain(model: nn.Module) -> Explanation:
             rows.append(_block_row(name, module))
         elif isinstance(module, StagedNet) and built_in_reason(module) is None:
             rows.append(_stem_row(names[module.conv1], module))
+        elif module in heads:
+            rows.append(_head_row(name, heads[module]))
         elif is_converted(module):
             rows += _chain_rows(name, module, names)
         elif name in unfused and module not in in_blocks:
@@ -98,6 +102,17 @@ def _stem_row(name: str, network: StagedNet) -> Row:
     joining = None if pool is None or pool_reason(pool) is not None else pool_spec(pool)
     outline = replace(_outline(chain), pool=joining)
     return _row(name, f"{type(network).__name__}: stem", chain, outline, [])
+
+
+def _head_row(name: str, network: StagedNet) -> Row:
+    """Of a network's head, under the name of its last layer: eager's modules, or a launch in eval."""
+    kind = f"{type(network).__name__}: head"
+    fc, reason = network.fc, head_reason(network.avgpool, network.fc)
+    if reason is not None or not isinstance(fc, nn.Linear):
+        return Row(name, kind, "eager", "eager", str(reason))
+    choice = dispatch.choose_head(fc.weight)
+    reasons = "; ".join(f"{engine}: {why}" for engine, why in choice.passed_over)
+    return Row(name, kind, "eager", choice.engine.name if choice.engine else "eager", reasons)
 
 
 def _chain_rows(name: str, owner: nn.Module, names: dict[nn.Module, str]) -> Iterator[Row]:

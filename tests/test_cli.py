@@ -208,7 +208,8 @@ def test_explain_has_a_row_for_the_stem_and_every_block(capsys: pytest.CaptureFi
     out = capsys.readouterr().out
     assert out.count("FusedBasicBlock") == 8
     assert out.count("ResNet: stem") == 1
-    assert out.count("reference") == 2 * 9  # of its convolutions, and in eval
+    assert out.count("ResNet: head") == 1
+    assert out.count("reference") == 2 * 9 + 1  # of its convolutions, and in eval; it has no kernel for the head
 
 
 # Eager twins

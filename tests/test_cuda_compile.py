@@ -23,6 +23,7 @@ FAMILIES = {
     "bottleneck_fprop": "bottleneck_fprop<T>({}, 1, 0, -1, launch)",
     "basic_block_fprop": "basic_block_fprop<T>({}, 0, -1, launch)",
     "stem_fprop": "stem_fprop<T>({}, 0, 0, launch)",
+    "head_fprop": "head_fprop<T>({}, 0, launch)",
 }
 #: Registers a thread may use: 65536 of an SM shared by 256 threads.
 MOST_REGISTERS = 255

@@ -31,4 +31,8 @@ torch::stable::Tensor basic_block_fprop(const torch::stable::Tensor& x, const to
 torch::stable::Tensor stem_fprop(const torch::stable::Tensor& x, const torch::stable::Tensor& w,
                                  const torch::stable::Tensor& bias);
 
+// x (N, C, H, W) as above, w (F, C) and bias (F,) or none of its dtype: the fully connected layer of x's means, (N, F).
+torch::stable::Tensor head_fprop(const torch::stable::Tensor& x, const torch::stable::Tensor& w,
+                                 const std::optional<torch::stable::Tensor>& bias);
+
 }  // namespace fusedres::cuda

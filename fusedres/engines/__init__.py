@@ -119,5 +119,17 @@ class Engine:
         """
         return None
 
+    def head_reason(self, w: Tensor) -> str | None:
+        """Why ``head`` has nothing to offer for the weight ``w`` (F, C) of a fully connected layer, or None."""
+        return "it has no kernel for the head"
+
+    def head_only_by_name(self) -> str | None:
+        """Why ``head`` serves only where this engine was asked for by name, or None."""
+        return None
+
+    def head(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        """The fully connected layer of the means over each map, in one launch: x (N, C, H, W) -> (N, F)."""
+        raise NotImplementedError
+
     def __getattr__(self, op: str) -> Callable[..., Any]:
         raise AttributeError(f"the engine {self.name!r} does not compute {op!r}")

@@ -1,4 +1,4 @@
-"""Which kernel of csrc/cuda serves a folded chain in one launch, why none does, and what it is called with."""
+"""Which kernel of csrc/cuda serves a folded chain, or a head, in one launch; why none does; what it is called with."""
 
 from __future__ import annotations
 
@@ -125,6 +125,13 @@ def size_reason(chain: Chain, shared_memory: int, shared_bytes: Callable[[str, i
     needed = shared_bytes(kernel, width, stride)
     if needed > shared_memory:
         return f"{kernel} of width {width} and stride {stride} needs {needed} bytes of shared memory of {shared_memory}"
+    return None
+
+
+def head_reason(w: Tensor) -> str | None:
+    """Why the head's kernel does not take the weight ``w`` (F, C) of a fully connected layer, or None."""
+    if w.shape[0] == 0 or w.shape[1] % _CHANNEL_MULTIPLE or not w.is_contiguous():
+        return f"head_fprop takes dense weights, channels in multiples of {_CHANNEL_MULTIPLE}, not {tuple(w.shape)}"
     return None
 
 

@@ -93,6 +93,26 @@ def stem_fprop(x: Tensor, w: Tensor, bias: Tensor, run: Any = None) -> tuple[Ten
     return y, load("fusedres_emulator").stem_fprop(name_of(dtype), tensors, sizes, r, SHARED_LIMIT, run or options())
 
 
+def head_fprop(
+    x: Tensor, w: Tensor, bias: Tensor | None, run: Any = None, tickets: int = 0
+) -> tuple[Tensor, dict[str, int]]:
+    """``y`` and the totals of the launch. ``tickets``: how many blocks are said to have begun before the first."""
+    (n, c, h, width), f, dtype = x.shape, w.shape[0], x.dtype
+    module = load("fusedres_emulator")
+    pooled, y = poisoned(dtype, n, c), poisoned(dtype, n, f)
+    counters = torch.zeros(module.head_counters(n), dtype=torch.int32)
+    counters[0] = tickets
+    tensors = [
+        address(x, dtype, n, c, h, width),
+        address(w, dtype, f, c),
+        address(bias, dtype, f),
+        address(pooled, dtype, n, c),
+        address(counters, torch.int32, *counters.shape),
+        address(y, dtype, n, f),
+    ]
+    return y, module.head_fprop(name_of(dtype), tensors, [n, h * width, c, f], SHARED_LIMIT, run or options())
+
+
 def basic_block_fprop(
     x: Tensor,
     convs: list[tuple[Tensor, Tensor]],

@@ -39,15 +39,14 @@ def launches(model: nn.Module, x: torch.Tensor) -> dict[str, int]:
         return dict(count_launches(lambda: model(x)).forward_ops)
 
 
-def test_resnet50_is_a_launch_for_the_stem_one_a_served_block_and_else_one_a_conv() -> None:
+def test_resnet50_is_a_launch_for_stem_and_head_one_a_served_block_and_else_one_a_conv() -> None:
     fused, eager = frozen_twins("resnet50", torch.float16)
     x = batch(1, 3, 32, 32, dtype=torch.float16)
     assert launches(fused, x) == {
         "fusedres_cuda::stem_fprop": 1,
         "fusedres_cuda::bottleneck_fprop": 3 + 4 + 6,
         "fusedres::conv_fprop": 3 + 3 + 3 + 1,  # layer4, its projection last
-        "aten::mean": 1,
-        "aten::addmm": 1,
+        "fusedres_cuda::head_fprop": 1,
     }
     assert_accurate(output_results(fused, eager, x))
 
@@ -98,6 +97,7 @@ def test_explain_names_the_engine_of_eval_and_why_a_wide_block_has_another() -> 
     rows = {row.name: row for row in fusedres.explain(fusedres.resnet50().half())}
     assert (rows["layer3.5"].engine, rows["layer3.5"].folded) == ("reference", "cuda")
     assert (rows["layer4.0"].engine, rows["layer4.0"].folded) == ("reference", "reference")
+    assert (rows["fc"].kind, rows["fc"].engine, rows["fc"].folded) == ("ResNet: head", "eager", "cuda")
     assert "cuda: bottleneck_fprop is for widths to 256, not 512" in rows["layer4.0"].reason
 
 

@@ -1,4 +1,4 @@
-"""The native block and stem kernels on the GPU: as accurate as eager, equal at every call, captured by a graph."""
+"""The native CUDA kernels on the GPU: as accurate as eager, equal at every call, captured by a graph."""
 
 from __future__ import annotations
 
@@ -89,6 +89,20 @@ def test_the_stem_is_as_accurate_as_eager(
     assert_close_as_eager(y.cpu(), stem, x)
 
 
+@dtypes
+@pytest.mark.parametrize(
+    "size", [(1, 2048, 7, 1000), (64, 2048, 7, 1000), (256, 2048, 7, 1000), (70, 136, 3, 37)], ids=str
+)
+def test_the_head_is_as_accurate_as_eager(size: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    n, c, side, f = size
+    torch.manual_seed(0)
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, f)).to(dtype).eval()
+    x, w, bias = batch(n, c, side, side, dtype=dtype), head[2].weight.detach().cuda(), head[2].bias.detach().cuda()
+    first, second = (kernels.head_fprop(x.cuda(), w, bias) for _ in range(2))
+    assert torch.equal(first, second)
+    assert_close_as_eager(first.cpu(), head, x)
+
+
 def test_nan_spreads_as_in_eager() -> None:
     block = eager_block("bottleneck", 32, 8, 1, torch.float16)
     x = batch(1, 32, 9, 9, dtype=torch.float16)
@@ -135,5 +149,6 @@ def test_eval_of_a_network_is_a_launch_a_served_block_and_can_be_captured(name: 
     blocks = {"resnet18": ("basic_block_fprop", 2 + 2), "resnet50": ("bottleneck_fprop", 3 + 4 + 6)}
     kernel, count = blocks[name]
     assert (ops["fusedres_cuda::stem_fprop"], ops[f"fusedres_cuda::{kernel}"]) == (1, count)
+    assert ops["fusedres_cuda::head_fprop"] == 1
     assert (first.cpu().double() - reference).abs().max() <= 2 * theirs + 1e-3 * reference.abs().max()
     assert torch.equal(captured, first)
