@@ -1,6 +1,8 @@
-"""What every convolution of a ResNet-50 takes of three GPUs, read from the compiled kernels. Nothing is timed.
+"""What the kernels take of GPUs, read from their machine code. Nothing is timed.
 
     python bench/static_report.py        writes docs/static_report.md
+
+First every convolution of a ResNet-50 by the Triton kernels, then the CUDA kernels of whole blocks, stems and heads.
 
 For each distinct problem at batch 256 in float16, and for fprop, dgrad and wgrad with their prologues and epilogues:
 registers of a thread, shared memory of a block, blocks that one SM holds, waves of them, and floating-point operations
@@ -11,7 +13,9 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -25,6 +29,9 @@ from fusedres.kernels.conv_projection import conv_projection
 from fusedres.kernels.cubin import MULTIPROCESSORS, Usage, usage
 from fusedres.kernels.launch import Launch, recording
 from fusedres.problem import ConvProblem
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from bench import cuda_usage
 
 BATCH = 256
 SIDE = 224
@@ -129,6 +136,74 @@ def table(machine: str, problems: dict[ConvProblem, int]) -> list[str]:
     return [*lines, ""]
 
 
+#: Launches of networks in eval, as calls of the functions in bench/cuda_usage.py.
+CUDA_LAUNCHES = [
+    'stem("stem of ImageNet, 224x224", 7, 64, 224)',
+    'bottleneck("bottleneck 64 -> 64, 56x56", 64, 64, 56, 1)',
+    'bottleneck("bottleneck 256 -> 64, 56x56", 256, 64, 56, 1)',
+    'bottleneck("bottleneck 256 -> 128 /2, 56x56", 256, 128, 56, 2)',
+    'bottleneck("bottleneck 512 -> 128, 28x28", 512, 128, 28, 1)',
+    'bottleneck("bottleneck 512 -> 256 /2, 28x28", 512, 256, 28, 2)',
+    'bottleneck("bottleneck 1024 -> 256, 14x14", 1024, 256, 14, 1)',
+    'basic("basic block 64 -> 64, 56x56", 64, 64, 56, 1)',
+    'basic("basic block 64 -> 128 /2, 56x56", 64, 128, 56, 2)',
+    'basic("basic block 128 -> 128, 28x28", 128, 128, 28, 1)',
+    'stem("stem of CIFAR, 32x32", 3, 16, 32)',
+    'stem("3x3 conv 3 -> 64, 224x224", 3, 64, 224)',
+    'basic("basic block 16 -> 16, 32x32", 16, 16, 32, 1)',
+    'head("head 2048 -> 1000, 7x7", N, 2048, 49, 1000)',
+    'head("head 2048 -> 1000, 7x7, one image", 1, 2048, 49, 1000)',
+]
+
+
+def cuda_registers() -> list[str]:
+    """A row for every CUDA kernel that ships: the registers of a thread on each architecture."""
+    archs = list(cuda_usage.MULTIPROCESSORS)
+    lines = [
+        "| kernel | " + " | ".join(f"sm{arch}" for arch in archs) + " |",
+        "| --- |" + " --: |" * len(archs),
+    ]
+    for family in cuda_usage.FAMILIES:
+        for found in zip(*(cuda_usage.usages(family, arch) for arch in archs), strict=True):
+            cells = [f"{u.registers}" + (f", spills {u.spilled_bytes}" if u.spilled_bytes else "") for u in found]
+            lines.append(f"| `{found[0].kernel}` | " + " | ".join(cells) + " |")
+    return lines
+
+
+def cuda_table(arch: str) -> Iterator[str]:
+    """A row for every launch that a block of this architecture has shared memory for."""
+    sm = cuda_usage.MULTIPROCESSORS[arch]
+    usages = {usage.kernel: usage for family in cuda_usage.FAMILIES for usage in cuda_usage.usages(family, arch)}
+    yield f"### sm{arch}, as on a {sm.gpu} with {sm.count} SMs"
+    yield ""
+    yield "| launch | tile | registers | shared KiB | blocks/SM | blocks | waves |"
+    yield "| --- | --- | --: | --: | --: | --: | --: |"
+    for shape in cuda_usage.shapes(CUDA_LAUNCHES, BATCH, arch):
+        usage = usages[shape.kernel]
+        resident = usage.blocks_per_multiprocessor(arch, shape.shared_bytes)
+        tile = shape.kernel.partition("float16, ")[2][:-1]
+        cells = (shape.label, f"`{tile}`", usage.registers, f"{shape.shared_bytes / 1024:.0f}", resident, shape.blocks)
+        yield "| " + " | ".join(map(str, cells)) + f" | {shape.blocks / (resident * sm.count):.1f} |"
+    yield ""
+
+
+def cuda_report() -> list[str]:
+    registers = cuda_registers()
+    spills = "Some spill." if any("spills" in line for line in registers) else "None spills."
+    return [
+        "# What the CUDA kernels take of a GPU",
+        "",
+        f"Every kernel that csrc/cuda ships, by nvcc {cuda_usage.nvcc_release()}: registers of a thread. {spills}",
+        "",
+        *registers,
+        "",
+        f"Launches in eval at batch {BATCH}, float16; one that no tile has shared memory for is left out. The tile is",
+        f"given as the kernel's template arguments. Blocks have {cuda_usage.THREADS} threads.",
+        "",
+        *(line for arch in cuda_usage.MULTIPROCESSORS for line in cuda_table(arch)),
+    ]
+
+
 def report() -> str:
     problems = resnet50_problems()
     head = [
@@ -144,7 +219,8 @@ def report() -> str:
         "every operand read and every result written once.",
         "",
     ]
-    return "\n".join([*head, *(line for machine in MACHINES for line in table(machine, problems))])
+    tables = [line for machine in MACHINES for line in table(machine, problems)]
+    return "\n".join([*head, *tables, *cuda_report()])
 
 
 if __name__ == "__main__":

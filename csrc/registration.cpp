@@ -36,6 +36,7 @@ STABLE_TORCH_LIBRARY_IMPL(fusedres_cuda, CUDA, m) {
   m.impl("bottleneck_fprop", TORCH_BOX(&bottleneck_fprop));
   m.impl("basic_block_fprop", TORCH_BOX(&basic_block_fprop));
   m.impl("stem_fprop", TORCH_BOX(&stem_fprop));
+  m.impl("head_fprop", TORCH_BOX(&head_fprop));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedres_cuda, CompositeExplicitAutograd, m) {

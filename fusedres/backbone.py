@@ -135,6 +135,10 @@ class Backbone(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """The last map (N, num_features, P, Q) -> logits (N, num_classes), or what the last layer would be given."""
+        if self._global_pool and not pre_logits and not (self.drop_rate and self.training):
+            logits = functional.head(x, self.avgpool, self.fc)
+            if logits is not None:
+                return logits
         x = self.avgpool(x)
         if self._global_pool:
             x = torch.flatten(x, 1)

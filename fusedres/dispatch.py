@@ -38,6 +38,13 @@ class Choice(NamedTuple):
     passed_over: tuple[tuple[str, str], ...]
 
 
+class HeadChoice(NamedTuple):
+    """The engine that runs a head in one launch, None where its modules run one by one; ``passed_over`` as above."""
+
+    engine: Engine | None
+    passed_over: tuple[tuple[str, str], ...]
+
+
 @contextmanager
 def engine(name: str | None) -> Iterator[None]:
     """Prefer the engine ``name`` within this context (this thread, and the backward of what is computed here).
@@ -144,6 +151,19 @@ def choose_folded(chain: EvalChain[FoldedConv]) -> Choice:
             return Choice(candidate, tuple(passed_over))
         passed_over.append((candidate.name, reason))
     return Choice(of_convs, tuple(passed_over))
+
+
+def choose_head(w: torch.Tensor) -> HeadChoice:
+    """The engine for a head whose fully connected layer has the weight ``w`` (F, C)."""
+    passed_over: list[tuple[str, str]] = []
+    for candidate in _preferred(forced()):
+        reason = candidate.head_reason(w)
+        if reason is None and candidate.name != forced():
+            reason = candidate.head_only_by_name()
+        if reason is None:
+            return HeadChoice(candidate, tuple(passed_over))
+        passed_over.append((candidate.name, reason))
+    return HeadChoice(None, tuple(passed_over))
 
 
 def caller(op: str) -> Callable[..., Any]:

@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 from torch import nn
 
 from fusedres import dispatch, tuning
-from fusedres.account import built_in_chain, unfused_convs
+from fusedres.account import built_in_chain, built_in_reason, unfused_convs
 from fusedres.blocks import FusedBasicBlock, FusedBottleneck
 from fusedres.chains import Chain
 from fusedres.engines import EvalChain, FoldedConv
-from fusedres.functional import ConvBN, unit_spec
+from fusedres.functional import ConvBN, pool_spec, unit_spec
 from fusedres.fused_class import is_converted, plan_of
-from fusedres.inspection import checked_module
+from fusedres.inspection import checked_module, head_reason, pool_reason
 from fusedres.layers import FusedConvBNReLU
+from fusedres.resnet import StagedNet
 
 #: The ops that every block is made of, its convolutions first.
 _OPS = ("conv_fprop", "conv_dgrad", "conv_wgrad", "scale_shift_add_relu", "drelu_dbn")
 
 
 class Row(NamedTuple):
-    """One fused module or chain of a model, or one conv that is not fused.
+    """One fused module or chain of a model, the head of a network, or one conv that is not fused.
 
-    ``engine`` is the engine of its convolutions, or "eager" where its modules run one by one; ``folded`` the one that
-    runs it in eval without gradients, BN folded. ``reason`` says why modules run one by one, why preferred engines were
-    passed over for some op or for the folded form, and why a downsample runs by itself; it is empty where nothing does.
-    Within ``autotune`` it also has what was chosen by measurement for the row's convs, on every problem met so far.
+    ``engine`` is the engine of its convolutions, or "eager" where its modules run one by one, as a head's do;
+    ``folded`` the one that runs it in eval without gradients, BN folded. ``reason`` says why modules run one by one,
+    why preferred engines were passed over for some op or for the folded form, and why a downsample runs by itself; it
+    is empty where nothing does. Within ``autotune`` it also has what was chosen by measurement for the row's convs, on
+    every problem met so far.
     """
 
     name: str
@@ -57,19 +60,24 @@ class Explanation(list[Row]):
 
 
 def explain(model: nn.Module) -> Explanation:
-    """A row for every fused block, layer or chain of ``model`` and every conv outside them, in order.
+    """A row for every fused block, layer, stem or chain of ``model``, its head, and every conv outside them, in order.
 
     They are judged as the model is now: its mode, its parameters' device and dtype. ``print`` shows a table.
     TypeError where ``model`` is no module.
     """
     unfused = unfused_convs(checked_module(model))
     names = {module: name for name, module in model.named_modules()}
+    heads = {module.fc: module for module in names if isinstance(module, StagedNet)}
     blocks = {m for m in names if isinstance(m, (FusedBasicBlock, FusedBottleneck, FusedConvBNReLU))}
     in_blocks = {conv for block in blocks for conv in block.modules()}
     rows = []
     for name, module in model.named_modules():
         if module in blocks:
             rows.append(_block_row(name, module))
+        elif isinstance(module, StagedNet) and built_in_reason(module) is None:
+            rows.append(_stem_row(names[module.conv1], module))
+        elif module in heads:
+            rows.append(_head_row(name, heads[module]))
         elif is_converted(module):
             rows += _chain_rows(name, module, names)
         elif name in unfused and module not in in_blocks:
@@ -85,7 +93,27 @@ def _block_row(name: str, module: FusedBasicBlock | FusedBottleneck | FusedConvB
         return Row(name, kind, "eager", "eager", reason)
     downsample_reason = None if isinstance(module, FusedConvBNReLU) else module.downsample_reason()
     also = [] if downsample_reason is None else [f"downsample: {downsample_reason}"]
-    return _row(name, kind, built_in_chain(module), also)
+    chain = built_in_chain(module)
+    return _row(name, kind, chain, _outline(chain), also)
+
+
+def _stem_row(name: str, network: StagedNet) -> Row:
+    """Of a network's stem, under the name of its conv. In eval a max-pool that can joins the conv's launch."""
+    chain, pool = built_in_chain(network), network.maxpool
+    joining = None if pool is None or pool_reason(pool) is not None else pool_spec(pool)
+    outline = replace(_outline(chain), pool=joining)
+    return _row(name, f"{type(network).__name__}: stem", chain, outline, [])
+
+
+def _head_row(name: str, network: StagedNet) -> Row:
+    """Of a network's head, under the name of its last layer: eager's modules, or a launch in eval."""
+    kind = f"{type(network).__name__}: head"
+    fc, reason = network.fc, head_reason(network.avgpool, network.fc)
+    if reason is not None or not isinstance(fc, nn.Linear):
+        return Row(name, kind, "eager", "eager", str(reason))
+    choice = dispatch.choose_head(fc.weight)
+    reasons = "; ".join(f"{engine}: {why}" for engine, why in choice.passed_over)
+    return Row(name, kind, "eager", choice.engine.name if choice.engine else "eager", reasons)
 
 
 def _chain_rows(name: str, owner: nn.Module, names: dict[nn.Module, str]) -> Iterator[Row]:
@@ -93,13 +121,13 @@ def _chain_rows(name: str, owner: nn.Module, names: dict[nn.Module, str]) -> Ite
     fused = plan_of(owner).chains
     for chain in fused:
         row_name = name if len(fused) == 1 else names[chain.pairs[0].conv]
-        yield _row(row_name, f"{type(owner).__name__}: {chain}", chain, [])
+        yield _row(row_name, f"{type(owner).__name__}: {chain}", chain, _outline(chain), [])
 
 
-def _row(name: str, kind: str, chain: Chain, also: list[str]) -> Row:
+def _row(name: str, kind: str, chain: Chain, outline: EvalChain[FoldedConv], also: list[str]) -> Row:
     weight = chain.pairs[0].conv.weight
     choices = [dispatch.choose(op, weight.device.type, weight.dtype) for op in _OPS]
-    folded = dispatch.choose_folded(_outline(chain))
+    folded = dispatch.choose_folded(outline)
     reasons = [f"{engine}: {why}" for choice in (*choices, folded) for engine, why in choice.passed_over]
     reasons += [*also, *_tuned(chain)]
     return Row(name, kind, choices[0].engine.name, folded.engine.name, "; ".join(dict.fromkeys(reasons)))
@@ -125,4 +153,5 @@ def _outline(chain: Chain) -> EvalChain[FoldedConv]:
         return FoldedConv(pair.conv.weight, None, *unit_spec(pair).conv)
 
     projection = outline(chain.projection) if chain.projection else None
-    return EvalChain(tuple(map(outline, chain.pairs)), projection, chain.is_identity, chain.relu)
+    is_given = chain.adds and not (chain.is_identity or projection)
+    return EvalChain(tuple(map(outline, chain.pairs)), projection, chain.is_identity, chain.relu, given=is_given)

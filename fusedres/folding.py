@@ -162,7 +162,8 @@ def _state(conv: nn.Module, tensors: tuple[Tensor, ...]) -> State | None:
 
 def _chain(spec: ChainSpec, convs: list[ConvT]) -> EvalChain[ConvT]:
     projection = convs.pop() if spec.projection else None
-    return EvalChain(tuple(convs), projection, spec.residual == "input", spec.relu)
+    residual = spec.residual
+    return EvalChain(tuple(convs), projection, residual == "input", spec.relu, given=residual == "tensor")
 
 
 def _units(spec: ChainSpec) -> tuple[UnitSpec, ...]:

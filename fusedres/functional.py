@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusedres import autocast, folding, recall
+from fusedres import autocast, dispatch, folding, recall
 from fusedres.autograd import chain, stem_chain
 from fusedres.distributed import sync_group
 from fusedres.inspection import (
     batch_norm_reason,
     conv_reason,
+    head_reason,
     is_transformed,
     plain_reason,
     pool_reason,
@@ -248,7 +249,7 @@ def stem(x: Tensor, conv: nn.Conv2d, bn: nn.Module, relu: nn.Module, maxpool: nn
         return recalled
     if pool_reason(maxpool) is not None or chain_reason([pair], [relu]) is not None:
         return maxpool(conv_bn_relu(x, conv, bn, relu))
-    unit, pool, entering = unit_spec(pair), _pool_spec(maxpool), _entering(x)
+    unit, pool, entering = unit_spec(pair), pool_spec(maxpool), _entering(x)
     check_chain(x, [pair], [unit], None)
     with autocast.suspended(x.device.type):
         spec = ChainSpec((unit,), None, "none", True, "standard")
@@ -260,6 +261,28 @@ def stem(x: Tensor, conv: nn.Conv2d, bn: nn.Module, relu: nn.Module, maxpool: nn
     return y
 
 
-def _pool_spec(pool: nn.Module) -> PoolSpec:
+def head(x: Tensor, avgpool: nn.Module, fc: nn.Module) -> Tensor | None:
+    """``fc(avgpool(x).flatten(1))`` in one launch: (N, C, H, W) -> (N, F). None where the modules must run, or should.
+
+    They run one by one where no engine has a launch for both, where gradients are needed, while a call is recorded or
+    compiled, and for whatever is more than these two modules on tensors of one dtype.
+    """
+    if type(x) is not Tensor or torch.compiler.is_compiling() or avgpool.training or fc.training:
+        return None
+    if head_reason(avgpool, fc) is not None or recorder_reason() is not None or not isinstance(fc, nn.Linear):
+        return None
+    w, bias = fc.weight, fc.bias
+    parameters = [w] if bias is None else [w, bias]
+    if any(type(t) is not nn.Parameter or t.dtype != x.dtype or t.device != x.device for t in parameters):
+        return None
+    if x.is_meta or x.dim() != 4 or x.numel() == 0 or x.shape[1] != w.shape[1] or autocast.compute_dtype(x) != x.dtype:
+        return None
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters)):
+        return None
+    engine = dispatch.choose_head(w).engine
+    return None if engine is None else engine.head(channels_last(x), w, bias)
+
+
+def pool_spec(pool: nn.Module) -> PoolSpec:
     """Of a max-pool that ``pool_reason`` does not refuse."""
     return PoolSpec(*(as_pair(v)[0] for v in (pool.kernel_size, pool.stride, pool.padding)))  # type: ignore[arg-type]

@@ -120,6 +120,16 @@ def pool_reason(pool: nn.Module) -> str | None:
     return None
 
 
+def head_reason(avgpool: nn.Module, fc: nn.Module) -> str | None:
+    """Why ``fc`` of the means that ``avgpool`` makes is not just that, or None."""
+    reason = plain_reason(avgpool, nn.AdaptiveAvgPool2d) or plain_reason(fc, nn.Linear)
+    if reason is not None:
+        return reason
+    if not isinstance(avgpool, nn.AdaptiveAvgPool2d) or avgpool.output_size not in (1, (1, 1), [1, 1]):
+        return "a pool that is not global"
+    return None
+
+
 def is_batch_norm(module: nn.Module) -> bool:
     """Whether ``module`` is of one of the BN classes that can be fused, whatever is attached to it."""
     return type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm) or is_frozen_batch_norm(module)

@@ -61,8 +61,11 @@ _CUDA_SCHEMAS = (
     " Tensor? w_shortcut, int stride) -> Tensor",
     "basic_block_fprop(Tensor x, Tensor w1, Tensor bias1, Tensor w2, Tensor bias2, Tensor? w_shortcut, int stride)"
     " -> Tensor",
-    # w (K, 4, 7, 8): the conv's (K, C <= 4, 7, 7), padded with zeros. Then ReLU and a 3x3 max-pool of stride 2.
+    # w (K, 4, 7, 8): the conv's (K, C <= 4, 7, 7), padded with zeros; then ReLU and a 3x3 max-pool of stride 2. Or
+    # (K, 4, 3, 4) of (K, C <= 4, 3, 3); then ReLU.
     "stem_fprop(Tensor x, Tensor w, Tensor bias) -> Tensor",
+    # w (F, C), bias (F,) in the dtype of x (N, C, H, W): the fully connected layer of the means over H and W, (N, F).
+    "head_fprop(Tensor x, Tensor w, Tensor? bias) -> Tensor",
     # Bytes of shared memory that a thread block needs at least.
     "bottleneck_shared_bytes(int width, int stride) -> int",
     "basic_block_shared_bytes(int width) -> int",

@@ -45,6 +45,12 @@ def eager_stem(c: int, k: int, dtype: torch.dtype) -> nn.Sequential:
     return shake(nn.Sequential(conv, nn.BatchNorm2d(k), nn.ReLU(), nn.MaxPool2d(3, 2, 1))).to(dtype).eval()
 
 
+def eager_cifar_stem(c: int, k: int, dtype: torch.dtype) -> nn.Sequential:
+    """The same of a ResNet for CIFAR."""
+    conv = nn.Conv2d(c, k, 3, 1, 1, bias=False)
+    return shake(nn.Sequential(conv, nn.BatchNorm2d(k), nn.ReLU())).to(dtype).eval()
+
+
 def assert_close_as_eager(ours: Tensor, eager: nn.Module, x: Tensor) -> None:
     """At most twice eager's root-mean-square error against float64, and NaN in the same places."""
     with torch.no_grad():
@@ -56,4 +62,4 @@ def assert_close_as_eager(ours: Tensor, eager: nn.Module, x: Tensor) -> None:
     assert ours_error <= 2 * their_error + floor, f"error {ours_error:.3g}, eager's {their_error:.3g}"
 
 
-__all__ = ["assert_close_as_eager", "batch", "eager_block", "eager_stem", "fold", "folded"]
+__all__ = ["assert_close_as_eager", "batch", "eager_block", "eager_cifar_stem", "eager_stem", "fold", "folded"]

@@ -203,11 +203,13 @@ def test_explain_converts_models_of_other_libraries(name: str, share: str, capsy
     assert "layer4.1" in out
 
 
-def test_explain_has_a_row_for_every_block(capsys: pytest.CaptureFixture) -> None:
+def test_explain_has_a_row_for_the_stem_and_every_block(capsys: pytest.CaptureFixture) -> None:
     assert cli.main(["explain", "--arch", "resnet18", "--engine", "reference"]) == 0
     out = capsys.readouterr().out
     assert out.count("FusedBasicBlock") == 8
-    assert out.count("reference") == 2 * 8  # of its convolutions, and in eval
+    assert out.count("ResNet: stem") == 1
+    assert out.count("ResNet: head") == 1
+    assert out.count("reference") == 2 * 9 + 1  # of its convolutions, and in eval; it has no kernel for the head
 
 
 # Eager twins

@@ -2,85 +2,66 @@
 
 from __future__ import annotations
 
-import functools
-import os
-import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from setup import TORCH_TARGET_VERSION, cuda_toolkit  # noqa: E402
+from bench.cuda_usage import FAMILIES, MULTIPROCESSORS, TOOLKIT, nvcc_release, usages  # noqa: E402
+from setup import TORCH_TARGET_VERSION  # noqa: E402
 
-TOOLKIT = cuda_toolkit(os.environ)
-ARCHS = ("80", "86", "89", "90", "100", "120")
-#: Headers with kernels; each says how all that it ships is instantiated.
-FAMILIES = {
-    "bottleneck_fprop": "bottleneck_fprop<T>({}, 1, 0, -1, launch)",
-    "basic_block_fprop": "basic_block_fprop<T>({}, 0, -1, launch)",
-    "stem_fprop": "stem_fprop<T>({}, 0, launch)",
-}
 #: Registers a thread may use: 65536 of an SM shared by 256 threads.
 MOST_REGISTERS = 255
+PAGE = ROOT / "docs" / "static_report.md"
 
 pytestmark = pytest.mark.skipif(TOOLKIT is None, reason="needs nvcc")
 
-SOURCE = """
-#include "cuda/{family}.h"
-namespace fusedres::cuda {{
-struct Launch {{
-  template <typename Kernel, typename Problem>
-  void operator()(const LaunchShape& s, Kernel kernel, const Problem& problem) const {{
-    kernel<<<s.grid, s.threads, s.shared_bytes>>>(problem);
-  }}
-}};
-template <typename T> void instantiate() {{
-  const Launch launch;
-  {call};
-}}
-template void instantiate<device::half>();
-template void instantiate<device::bfloat16>();
-}}
-"""
 
-
-def compile_family(family: str, arch: str, folder: Path) -> str:
-    """What ptxas says of ``family``'s kernels on ``arch``."""
-    source = folder / f"{family}.{arch}.cu"
-    source.write_text(SOURCE.format(family=family, call=FAMILIES[family]))
-    command = [str(TOOLKIT / "bin" / "nvcc"), "-std=c++17", "-O3", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}"]
-    command += ["-arch", f"sm_{arch}", "-cubin", "-o", str(source.with_suffix(".cubin")), str(source)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stderr
-
-
-@functools.cache
-def reports(folder: Path) -> dict[tuple[str, str], str]:
-    todo = [(family, arch) for family in FAMILIES for arch in ARCHS]
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        return dict(zip(todo, pool.map(lambda item: compile_family(*item, folder), todo), strict=True))
+@pytest.mark.parametrize("arch", MULTIPROCESSORS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_spills(family: str, arch: str) -> None:
+    found = usages(family, arch)
+    assert {usage.kernel.partition("<")[0] for usage in found} == {family}
+    assert {"<float16," in usage.kernel for usage in found} == {True, False}
+    assert [usage for usage in found if usage.spilled_bytes] == []
+    assert max(usage.registers for usage in found) <= MOST_REGISTERS
+    print(arch, *found, sep="\n")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cubins")
+def page() -> str:
+    """docs/static_report.md, where it is of this nvcc."""
+    text = PAGE.read_text()
+    if f"by nvcc {nvcc_release()}:" not in text:
+        pytest.skip(f"docs/static_report.md was written with another nvcc than {nvcc_release()}")
+    return text
 
 
-@pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_nothing_spills(family: str, arch: str, folder: Path) -> None:
-    report = reports(folder)[family, arch]
-    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    registers = [int(count) for count in re.findall(r"Used (\d+) registers", report)]
-    assert spills
-    assert all(numbers == ("0", "0", "0") for numbers in spills), report
-    assert max(registers) <= MOST_REGISTERS
-    print(family, arch, "registers:", sorted(registers))
+def test_the_page_has_the_registers_of_every_kernel(family: str, page: str) -> None:
+    by_arch = [usages(family, arch) for arch in MULTIPROCESSORS]
+    for found in zip(*by_arch, strict=True):
+        row = f"| `{found[0].kernel}` | " + " | ".join(str(usage.registers) for usage in found) + " |"
+        assert row in page, f"{row}\nmake the page anew: python bench/static_report.py"
+    assert page.count(f"| `{family}<") == len(by_arch[0])
+
+
+@pytest.mark.parametrize("arch", ["86", "90"])
+def test_every_launch_fits_and_stands_on_the_page(arch: str, page: str) -> None:
+    pytest.importorskip("triton")
+    from bench.static_report import CUDA_LAUNCHES, cuda_table
+
+    lines = list(cuda_table(arch))
+    assert "\n".join(lines) in page, "make the page anew: python bench/static_report.py"
+    rows = [line.strip("| ").split(" | ") for line in lines[4:-1]]
+    assert len(rows) == len(CUDA_LAUNCHES) - {"86": 3, "90": 0}[arch]  # the widest bottlenecks want more shared memory
+    sm = MULTIPROCESSORS[arch]
+    for *_, shared, resident, _, _ in rows:
+        assert int(resident) >= 1
+        assert int(resident) * int(shared) << 10 <= sm.shared_bytes
 
 
 @pytest.mark.parametrize("family", FAMILIES)

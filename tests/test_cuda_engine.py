@@ -38,6 +38,10 @@ def stem(channels: int = 3, pool: tuple[int, int, int] | None = (3, 2, 1), strid
     return replace(outline(FusedConvBNReLU(channels, 64, 7, stride)), pool=pool)
 
 
+def cifar_stem(channels: int = 3, stride: int = 1) -> Chain:
+    return outline(FusedConvBNReLU(channels, 16, 3, stride))
+
+
 @pytest.mark.parametrize(
     ("chain", "kernel"),
     [
@@ -47,6 +51,8 @@ def stem(channels: int = 3, pool: tuple[int, int, int] | None = (3, 2, 1), strid
         (outline(FusedBasicBlock(8, 16, 2, projected(8, 16, 2))), "basic_block_fprop"),
         (stem(), "stem_fprop"),
         (stem(1), "stem_fprop"),
+        (cifar_stem(), "stem_fprop"),
+        (cifar_stem(1), "stem_fprop"),
     ],
 )
 def test_blocks_and_stems_have_a_kernel(chain: Chain, kernel: str) -> None:
@@ -72,6 +78,11 @@ def test_blocks_and_stems_have_a_kernel(chain: Chain, kernel: str) -> None:
         (stem(stride=1), "7x7 conv of stride 2"),
         (replace(stem(), relu=False), "7x7 conv of stride 2"),
         (stem(5), "takes 4 channels, not 5"),
+        (cifar_stem(5), "takes 4 channels, not 5"),
+        (cifar_stem(stride=2), "3x3 conv of stride 1"),
+        (replace(cifar_stem(), pool=(3, 2, 1)), "3x3 conv of stride 1"),
+        (replace(cifar_stem(), relu=False), "3x3 conv of stride 1"),
+        (replace(cifar_stem(), given=True), "3x3 conv of stride 1"),
     ],
 )
 def test_what_no_kernel_computes_is_named(chain: Chain, reason: str) -> None:
@@ -115,11 +126,17 @@ def test_every_block_of_a_cpu_network_says_that_the_engine_is_for_gpus() -> None
         assert "cuda: it computes on CUDA devices, the tensors are on cpu" in row.reason
 
 
+def test_only_the_stem_that_was_measured_is_served_without_being_named() -> None:
+    assert CUDA.folded_only_by_name(stem()) is None
+    assert CUDA.folded_only_by_name(cifar_stem()) == "nobody has measured it on a GPU"
+
+
+@pytest.mark.parametrize("size", [3, 7])
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_the_stems_weight_is_padded_with_zeros(channels: int) -> None:
-    w = torch.randn(8, channels, 7, 7)
+def test_the_stems_weight_is_padded_with_zeros(channels: int, size: int) -> None:
+    w = torch.randn(8, channels, size, size)
     padded = stem_weight(w)
-    assert padded.shape == (8, 4, 7, 8)
+    assert padded.shape == (8, 4, size, size + 1)
     assert padded.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(padded[:, :channels, :, :7], w)
+    assert torch.equal(padded[:, :channels, :, :size], w)
     assert padded.count_nonzero() == w.count_nonzero()

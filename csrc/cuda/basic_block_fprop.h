@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kThreads, 1) basic_block_fprop_kernel(const Ba
             load_weights(ring.weights(slot), problem.w1, F, 9 * C, n0, tap * C + c0, C - c0);
           },
           [&](int, int slot) { gemm_step<kHaloM>(acc, ring.activations(slot), rows, 0, 0, ring.weights(slot)); });
-      store_activations<kHaloM>(acc, a1, n0, n0, {problem.bias1, F, true}, [&](int row) {
+      store_activations<HaloGrid, T>(acc, a1, n0, n0, {problem.bias1, F, true}, [&](int row) {
         return row >= Shape::kHalo ? -1 : on_map(row) ? 1 : 0;
       });
     }

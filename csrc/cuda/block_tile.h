@@ -19,12 +19,12 @@ constexpr int kColumns = 64, kDepth = 64;
 constexpr int kRowsAtOnce =
     kThreads / (kDepth / device::kChunk);  // rows of a 64-wide tile that the block moves at once
 
-// Eight warps share kM rows by 64 columns of accumulators.
-template <int kM>
+// Eight warps share kM rows by kN columns of accumulators.
+template <int kM, int kN = kColumns>
 struct WarpGrid {
-  static constexpr int kDown = kM >= 64 ? 4 : 2, kAcross = kWarps / kDown;
-  static constexpr int kM16 = kM / 16 / kDown, kN8 = kColumns / 8 / kAcross;
-  static_assert(kM16 * 16 * kDown == kM);
+  static constexpr int kDown = kN < 64 ? 8 : kM >= 64 ? 4 : 2, kAcross = kWarps / kDown;
+  static constexpr int kM16 = kM / 16 / kDown, kN8 = kN / 8 / kAcross;
+  static_assert(kM16 * 16 * kDown == kM && kN8 * 8 * kAcross == kN);
   using Acc = Accumulators<kM16, kN8>;
 
   FUSEDRES_DEVICE static int row() { return device::warp_index() / kAcross * (kM16 * 16); }
@@ -132,12 +132,12 @@ FUSEDRES_DEVICE void plain_rows(int (&rows)[WarpGrid<kM>::kM16]) {
 
 // The accumulators of channels c0.. through `epilogue` into columns `to`.. of `tile`, where `keep(row)`: 1 writes, 0
 // writes zeros, -1 does not write.
-template <int kM, typename T, int kShift, typename Keep>
-FUSEDRES_DEVICE void store_activations(const typename WarpGrid<kM>::Acc& acc, const Tile<T, kShift>& tile, int to,
-                                       int c0, const device::BiasResidualRelu& epilogue, const Keep& keep) {
+template <typename Grid, typename T, typename Tile, typename Keep>
+FUSEDRES_DEVICE void store_activations(const typename Grid::Acc& acc, const Tile& tile, int to, int c0,
+                                       const device::BiasResidualRelu& epilogue, const Keep& keep) {
   acc.for_each_pair([&](int row, int col, float first, float second) {
-    col += WarpGrid<kM>::column();
-    row += WarpGrid<kM>::row();
+    col += Grid::column();
+    row += Grid::row();
     const int kept = keep(row);
     if (kept < 0) return;
     const uint32_t bits = device::pack<T>(epilogue(first, c0 + col, 0.0f), epilogue(second, c0 + col + 1, 0.0f));

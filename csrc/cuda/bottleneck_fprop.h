@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, 1) bottleneck_fprop_kernel(const Bot
           load_weights(ring.weights(slot), problem.w1, F, C, n0, step * kDepth, C - step * kDepth);
         },
         [&](int, int slot) { gemm_step<kHaloM>(acc, ring.activations(slot), rows, 0, 0, ring.weights(slot)); });
-    store_activations<kHaloM>(acc, a1, n0, n0, {problem.bias1, F, true}, [&](int row) {
+    store_activations<HaloGrid, T>(acc, a1, n0, n0, {problem.bias1, F, true}, [&](int row) {
       return row >= Shape::kHalo ? -1 : halo_pixel(row) >= 0 ? 1 : 0;
     });
   }
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kThreads, 1) bottleneck_fprop_kernel(const Bot
             const int tap = step / steps_a_tap, chunk = step % steps_a_tap * (kDepth / device::kChunk);
             gemm_step<kOut>(acc, a1, rows, tap / 3 * kHaloQ + tap % 3, chunk, ring.weights_only(slot));
           });
-      store_activations<kOut>(acc, a2, n0, n0, {problem.bias2, F, true}, [](int) { return 1; });
+      store_activations<OutGrid, T>(acc, a2, n0, n0, {problem.bias2, F, true}, [](int) { return 1; });
     }
   }
 

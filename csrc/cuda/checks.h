@@ -26,14 +26,16 @@ inline void check_cuda(cudaError_t status, const char* call) {
   require(status == cudaSuccess, call, ": ", cudaGetErrorString(status));
 }
 
-// A dense tensor of `dtype` and `sizes` on the device of `like`, aligned to `alignment` bytes; four sizes are
-// channels_last, (K, C, R, S) as (K, R, S, C) in memory.
+// A dense tensor of `dtype` and `sizes` on the device of `like`, aligned to `alignment` bytes: one size or two, or four
+// and channels_last, (K, C, R, S) as (K, R, S, C) in memory.
 inline void check_tensor(const Tensor& tensor, const char* name, const Tensor& like, ScalarType dtype,
                          const std::vector<int64_t>& sizes, size_t alignment) {
   const auto actual = tensor.sizes(), strides = tensor.strides();
   bool matches = tensor.is_cuda() && tensor.get_device_index() == like.get_device_index() &&
                  tensor.scalar_type() == dtype && actual.size() == sizes.size();
-  const std::vector<int> order = sizes.size() == 4 ? std::vector<int>{1, 3, 2, 0} : std::vector<int>{0};
+  const std::vector<int> order = sizes.size() == 4   ? std::vector<int>{1, 3, 2, 0}
+                                 : sizes.size() == 2 ? std::vector<int>{1, 0}
+                                                     : std::vector<int>{0};
   int64_t stride = 1;
   for (size_t i = 0; matches && i < order.size(); ++i) {
     const int axis = order[i];
@@ -81,6 +83,9 @@ class Launcher {
   }
 
   size_t shared_limit() const { return shared_limit_; }
+
+  // Zeros before the next launch.
+  void zero(void* data, size_t bytes) const { check_cuda(cudaMemsetAsync(data, 0, bytes, stream_), "cudaMemsetAsync"); }
 
   template <typename Kernel, typename Problem>
   void operator()(const LaunchShape& shape, Kernel kernel, const Problem& problem) const {

@@ -26,8 +26,13 @@ torch::stable::Tensor basic_block_fprop(const torch::stable::Tensor& x, const to
                                         const torch::stable::Tensor& bias2,
                                         const std::optional<torch::stable::Tensor>& w_shortcut, int64_t stride);
 
-// x (N, C <= 4, H, W), w (K, 4, 7, 8): the conv's weight, channels and columns padded with zeros. bias (K,) float32.
+// x (N, C <= 4, H, W), w the conv's weight, channels and columns padded with zeros: (K, 4, 7, 8), stride 2 and a max
+// pool behind it, or (K, 4, 3, 4), stride 1. bias (K,) float32.
 torch::stable::Tensor stem_fprop(const torch::stable::Tensor& x, const torch::stable::Tensor& w,
                                  const torch::stable::Tensor& bias);
+
+// x (N, C, H, W) as above, w (F, C) and bias (F,) or none of its dtype: the fully connected layer of x's means, (N, F).
+torch::stable::Tensor head_fprop(const torch::stable::Tensor& x, const torch::stable::Tensor& w,
+                                 const std::optional<torch::stable::Tensor>& bias);
 
 }  // namespace fusedres::cuda

@@ -14,9 +14,11 @@ Tensor stem_fprop(const Tensor& x, const Tensor& w, const Tensor& bias) {
           ", expected at most 4 and a multiple of 8");
   require(H > 0 && W > 0 && H * W < INT32_MAX && N < INT32_MAX, "x is ", describe(x), ", too large");
   check_tensor(x, "x", x, dtype, {N, C, H, W}, 2);
-  check_tensor(w, "w", x, dtype, {K, 4, 7, 8}, 16);
+  const bool pooled = w.size(2) == 7;
+  check_tensor(w, "w", x, dtype, pooled ? std::vector<int64_t>{K, 4, 7, 8} : std::vector<int64_t>{K, 4, 3, 4}, 16);
   check_tensor(bias, "bias", x, ScalarType::Float, {K}, 4);
-  const int64_t P = (H - 1) / 2 + 1, Q = (W - 1) / 2 + 1, U = (P - 1) / 2 + 1, V = (Q - 1) / 2 + 1;
+  const auto halved = [&](int64_t size) { return pooled ? (size - 1) / 2 + 1 : size; };
+  const int64_t P = halved(H), Q = halved(W), U = halved(P), V = halved(Q);
   const Launcher launcher(x);
   const Tensor y = new_map(x, {N, K, U, V});
   for_half_dtype(dtype, [&](auto element) {
@@ -26,7 +28,8 @@ Tensor stem_fprop(const Tensor& x, const Tensor& w, const Tensor& bias) {
                                  size(N),    size(H),    size(W),           size(C),
                                  size(K),    size(P),    size(Q),           size(U),
                                  size(V)};
-    require(stem_fprop(problem, launcher.shared_limit(), launcher), "the stem needs more shared memory than there is");
+    require(stem_fprop(problem, pooled ? 7 : 3, launcher.shared_limit(), launcher),
+            "the stem needs more shared memory than there is");
   });
   return y;
 }

@@ -1,10 +1,13 @@
-// `stem_fprop_kernel`: conv 7x7 stride 2, BN, ReLU and max pool 3x3 stride 2 in one launch; the conv's map, the largest
-// of a ResNet, is never written.
+// `stem_fprop_kernel`: a network's first conv, BN and ReLU in one launch, for ImageNet with the max pool behind them.
 //
-// A thread block computes kTileP x kTileQ pooled pixels of one image, 64 channels of them, from the kConvP x kConvQ
-// conv pixels under them. With channels padded to 4, the seven taps of a filter row and one of zero weight are 32
-// neighbours in memory, and as the stride is 2 they begin at a multiple of 16 bytes: ldmatrix reads the conv's operand
-// in place, without im2col. gemm_k is so 7 * 32 = 224 for the 147 of a 3-channel image.
+// For ImageNet (conv 7x7 stride 2, max pool 3x3 stride 2) the conv's map, the largest of a ResNet, is never written: a
+// thread block computes kTileP x kTileQ pooled pixels of one image from the kConvP x kConvQ conv pixels under them. For
+// CIFAR (conv 3x3 stride 1) it writes the conv pixels themselves.
+//
+// With channels padded to 4, the taps of a filter row and one of zero weight are neighbours in memory: ldmatrix reads
+// the conv's operand in place, without im2col, where it begins at a multiple of 16 bytes, two pixels. At stride 2 it
+// always does; at stride 1 odd pixels read a second copy of the patch that lies one pixel further left. gemm_k of a
+// 3-channel image is so 7 * 32 = 224 for 147, and 3 * 16 = 48 for 27.
 #pragma once
 
 #include "cuda/block_tile.h"
@@ -12,56 +15,105 @@
 
 namespace fusedres::cuda {
 
-// P, Q: the conv's map, P = (H - 1) / 2 + 1; U, V: the pooled one, U = (P - 1) / 2 + 1. K is a multiple of 8.
+// P, Q: the conv's map, P = (H - 1) / stride + 1; U, V: the output, pooled U = (P - 1) / 2 + 1, else the conv's map.
+// K is a multiple of 8.
 template <typename T>
 struct StemProblem {
   const T* x;         // (N, H, W, C), C <= 4, of any alignment
-  const T* w;         // (K, 7, 8, 4): taps and channels beyond the conv's are zero
+  const T* w;         // (K, 7, 8, 4) or (K, 3, 4, 4): taps and channels beyond the conv's are zero
   const float* bias;  // (K,)
   T* y;               // (N, U, V, K)
   int N, H, W, C, K, P, Q, U, V;
 };
 
-template <int kTileP, int kTileQ>
+template <int kFilter_, int kStride_, bool kPooled_, int kTileP_, int kTileQ_, int kWide_>
 struct StemTile {
-  static constexpr int kConvP = 2 * kTileP + 1, kConvQ = 2 * kTileQ + 1, kConv = kConvP * kConvQ;
-  static constexpr int kM = device::round_up(kConv, 64);
-  static constexpr int kPatchH = 2 * (kConvP - 1) + 7, kPatchW = 2 * (kConvQ - 1) + 8;
-  static constexpr int kTaps = 7 * 32;  // gemm_k
-  static constexpr int kWeightStride = 256;
+  static constexpr int kFilter = kFilter_, kStride = kStride_, kTileP = kTileP_, kTileQ = kTileQ_;
+  static constexpr int kWide = kWide_;  // output channels at a time
+  static constexpr bool kPooled = kPooled_;
+  static constexpr int kConvP = kPooled ? 2 * kTileP + 1 : kTileP, kConvQ = kPooled ? 2 * kTileQ + 1 : kTileQ;
+  static constexpr int kConv = kConvP * kConvQ;
+  static constexpr int kRow = (kFilter + 1) * 4, kTaps = kFilter * kRow;  // gemm_k of a filter row, and in all
+  static constexpr int kWeightStride = device::round_up(kTaps, 64);
+  static constexpr int kPatchH = kStride * (kConvP - 1) + kFilter;
+  static constexpr int kPatchW = device::round_up(kStride * (kConvQ - 1) + kFilter + 1, 2), kPatch = kPatchH * kPatchW;
+  // Two copies begin half of all banks apart: eight neighbouring pixels, read from both, lie in different ones.
+  static constexpr int kCopies = kStride % 2 + 1;
+  static constexpr int kCopyStride = device::round_up(kPatch * 4, 64) + (kCopies == 2 ? 32 : 0);
+  using Grid = WarpGrid<device::round_up(kConv, kWide < 64 ? 128 : 64), kWide>;
 
   template <typename T>
   static constexpr size_t shared_bytes() {
-    return sizeof(T) * (device::round_up(kPatchH * kPatchW * 4, 64) + kColumns * kWeightStride + kConv * kColumns);
+    return sizeof(T) * (kCopies * kCopyStride + kWide * kWeightStride + device::round_up(kConv * kWide, 64));
+  }
+};
+
+// Conv pixels in shared memory, kWide channels of each; narrow pixels share a row of the tile.
+template <typename T, int kWide>
+struct StemPixels {
+  static constexpr int kInRow = kColumns / kWide, kChunks = kWide / device::kChunk;
+  Tile<T> tile;
+
+  FUSEDRES_DEVICE T* chunk(int pixel, int index) const {
+    return tile.chunk(pixel / kInRow, pixel % kInRow * kChunks + index);
+  }
+  FUSEDRES_DEVICE void set_pair(int pixel, int col, uint32_t bits) const {
+    tile.set_pair(pixel / kInRow, pixel % kInRow * kWide + col, bits);
   }
 };
 
 // Pixels [h0, h0 + kPatchH) x [w0, w0 + kPatchW) of an image, channels padded to 4; zeros outside.
 template <typename Shape, typename T>
 FUSEDRES_DEVICE void load_patch(T* patch, const T* image, int H, int W, int C, int h0, int w0) {
-  for (int i = threadIdx.x; i < Shape::kPatchH * Shape::kPatchW; i += kThreads) {
+  for (int i = threadIdx.x; i < Shape::kPatch; i += kThreads) {
     const int h = h0 + i / Shape::kPatchW, w = w0 + i % Shape::kPatchW;
     const bool inside = h >= 0 && h < H && w >= 0 && w < W;
     const T* pixel = image + (static_cast<int64_t>(h) * W + w) * C;
     FUSEDRES_UNROLL
-    for (int c = 0; c < 4; ++c) patch[i * 4 + c] = inside && c < C ? pixel[c] : device::from_float<T>(0.0f);
+    for (int c = 0; c < 4; ++c) {
+      const T value = inside && c < C ? pixel[c] : device::from_float<T>(0.0f);
+      patch[i * 4 + c] = value;
+      if (Shape::kCopies == 2 && i > 0) patch[Shape::kCopyStride + (i - 1) * 4 + c] = value;
+    }
   }
 }
 
-template <typename T, int kTileP, int kTileQ>
+// 8 channels of an output pixel a thread, from `channel` on: the pixel itself, or the largest of the nine under it.
+template <typename Shape, typename T>
+FUSEDRES_DEVICE void output_chunk(const StemPixels<T, Shape::kWide>& conv, int du, int dv, int chunk, T* to) {
+  if constexpr (Shape::kPooled) {
+    float best[device::kChunk] = {};
+    FUSEDRES_UNROLL
+    for (int tap = 0; tap < 9; ++tap) {
+      const int pixel = (2 * du + tap / 3) * Shape::kConvQ + 2 * dv + tap % 3;
+      const device::Vector<T> values = device::load_vector(conv.chunk(pixel, chunk));
+      FUSEDRES_UNROLL
+      for (int j = 0; j < device::kChunk; ++j) {
+        best[j] = device::max_keeping_nan(best[j], device::to_float(values.value[j]));
+      }
+    }
+    device::store_floats(to, device::kChunk, best);
+  } else {
+    device::store_vector(to, device::load_vector(conv.chunk(du * Shape::kConvQ + dv, chunk)));
+  }
+}
+
+template <typename T, typename Shape>
 __global__ void __launch_bounds__(kThreads, 1) stem_fprop_kernel(const StemProblem<T> problem) {
-  using Shape = StemTile<kTileP, kTileQ>;
-  using Grid = WarpGrid<Shape::kM>;
+  using Grid = typename Shape::Grid;
+  constexpr int kWide = Shape::kWide, kTileP = Shape::kTileP, kTileQ = Shape::kTileQ, kRow = Shape::kRow;
   const int P = problem.P, Q = problem.Q, K = problem.K, U = problem.U, V = problem.V;
   device::SharedArena arena;
-  T* patch = arena.take<T>(device::round_up(Shape::kPatchH * Shape::kPatchW * 4, 64));
-  const Tile<T> weights{arena.take<T>(kColumns * Shape::kWeightStride), Shape::kWeightStride};
-  const Tile<T> conv{arena.take<T>(Shape::kConv * kColumns), kColumns};
+  T* patch = arena.take<T>(Shape::kCopies * Shape::kCopyStride);
+  const Tile<T> weights{arena.take<T>(kWide * Shape::kWeightStride), Shape::kWeightStride};
+  const StemPixels<T, kWide> conv{{arena.take<T>(device::round_up(Shape::kConv * kWide, 64)), kColumns}};
 
   const TilePosition at = tile_position<kTileP, kTileQ>(U, V);
   const T* image = problem.x + at.n * problem.H * problem.W * problem.C;
-  const int conv_p0 = 2 * at.p0 - 1, conv_q0 = 2 * at.q0 - 1;  // the pool's padding is 1
-  load_patch<Shape>(patch, image, problem.H, problem.W, problem.C, 2 * conv_p0 - 3, 2 * conv_q0 - 3);
+  // The pool's padding is 1, the conv's half of its filter.
+  const int conv_p0 = Shape::kPooled ? 2 * at.p0 - 1 : at.p0, conv_q0 = Shape::kPooled ? 2 * at.q0 - 1 : at.q0;
+  load_patch<Shape>(patch, image, problem.H, problem.W, problem.C, Shape::kStride * conv_p0 - Shape::kFilter / 2,
+                    Shape::kStride * conv_q0 - Shape::kFilter / 2);
 
   // The conv pixel of each of this lane's rows; rows beyond the tile repeat its last.
   int first[Grid::kM16];
@@ -69,12 +121,13 @@ __global__ void __launch_bounds__(kThreads, 1) stem_fprop_kernel(const StemProbl
   for (int m = 0; m < Grid::kM16; ++m) {
     int row = Grid::row() + m * 16 + device::lane_index() % 16;
     row = row < Shape::kConv ? row : Shape::kConv - 1;
-    first[m] = (row / Shape::kConvQ * 2 * Shape::kPatchW + row % Shape::kConvQ * 2) * 4;
+    const int column = row % Shape::kConvQ * Shape::kStride, odd = column % 2;
+    first[m] = odd * Shape::kCopyStride + (row / Shape::kConvQ * Shape::kStride * Shape::kPatchW + column - odd) * 4;
   }
 
-  for (int n0 = 0; n0 < K; n0 += kColumns) {
+  for (int n0 = 0; n0 < K; n0 += kWide) {
     __syncthreads();  // the last channels' weights and conv pixels have been read
-    for (int i = threadIdx.x; i < kColumns * (Shape::kTaps / device::kChunk); i += kThreads) {
+    for (int i = threadIdx.x; i < kWide * (Shape::kTaps / device::kChunk); i += kThreads) {
       const int row = i / (Shape::kTaps / device::kChunk), chunk = i % (Shape::kTaps / device::kChunk);
       const bool inside = n0 + row < K;
       const T* from =
@@ -87,55 +140,56 @@ __global__ void __launch_bounds__(kThreads, 1) stem_fprop_kernel(const StemProbl
 
     typename Grid::Acc acc;
     acc.clear();
-    for (int r = 0; r < 7; ++r) {
-      device::multiply_tiles<T, 2>(
+    for (int r = 0; r < Shape::kFilter; ++r) {
+      device::multiply_tiles<T, kRow / 16>(
           acc, [&](int m, int chunk) { return patch + first[m] + r * Shape::kPatchW * 4 + chunk * device::kChunk; },
-          [&](int row, int chunk) { return weights.chunk(Grid::column() + row, r * 4 + chunk); },
-          // The eighth tap, gemm_k 28 to 31, reads a pixel that is not the filter's: NaN there times 0 would be NaN.
+          [&](int row, int chunk) { return weights.chunk(Grid::column() + row, r * (kRow / device::kChunk) + chunk); },
+          // The last tap, gemm_k 12 to 15 of 16, reads a pixel that is not the filter's: NaN there times 0 would be
+          // NaN.
           [](int k16, uint32_t (&a)[4]) {
-            if (k16 == 1 && device::lane_index() % 4 >= 2) a[2] = a[3] = 0u;
+            if (k16 == kRow / 16 - 1 && device::lane_index() % 4 >= 2) a[2] = a[3] = 0u;
           });
     }
     // Outside the conv's map lies the pool's padding: 0 never beats a ReLU's output.
-    store_activations<Shape::kM>(acc, conv, 0, n0, {problem.bias, K, true}, [&](int row) {
+    store_activations<Grid, T>(acc, conv, 0, n0, {problem.bias, K, true}, [&](int row) {
       if (row >= Shape::kConv) return -1;
       const int p = conv_p0 + row / Shape::kConvQ, q = conv_q0 + row % Shape::kConvQ;
       return p >= 0 && p < P && q >= 0 && q < Q ? 1 : 0;
     });
     __syncthreads();
 
-    // The pool, 8 channels of a pixel a thread.
-    for (int i = threadIdx.x; i < kTileP * kTileQ * (kColumns / device::kChunk); i += kThreads) {
-      const int chunk = i % (kColumns / device::kChunk), pixel = i / (kColumns / device::kChunk);
+    for (int i = threadIdx.x; i < kTileP * kTileQ * (kWide / device::kChunk); i += kThreads) {
+      const int chunk = i % (kWide / device::kChunk), pixel = i / (kWide / device::kChunk);
       const int du = pixel / kTileQ, dv = pixel % kTileQ, u = at.p0 + du, v = at.q0 + dv;
       const int channel = n0 + chunk * device::kChunk;
       if (u >= U || v >= V || channel >= K) continue;
-      float best[device::kChunk] = {};
-      FUSEDRES_UNROLL
-      for (int tap = 0; tap < 9; ++tap) {
-        const int row = (2 * du + tap / 3) * Shape::kConvQ + 2 * dv + tap % 3;
-        const device::Vector<T> values = device::load_vector(conv.chunk(row, chunk));
-        FUSEDRES_UNROLL
-        for (int j = 0; j < device::kChunk; ++j) {
-          best[j] = device::max_keeping_nan(best[j], device::to_float(values.value[j]));
-        }
-      }
-      device::store_floats(problem.y + ((at.n * U + u) * V + v) * K + channel, device::kChunk, best);
+      output_chunk<Shape>(conv, du, dv, chunk, problem.y + ((at.n * U + u) * V + v) * K + channel);
     }
   }
 }
 
-constexpr int kStemTileP = 4, kStemTileQ = 8;
+// What is compiled: the stem for ImageNet, and that for CIFAR by how many channels it computes at a time.
+using PooledStemTile = StemTile<7, 2, true, 4, 8, 64>;
+using NarrowStemTile = StemTile<3, 1, false, 8, 32, 16>;
+using WideStemTile = StemTile<3, 1, false, 8, 16, 64>;
+constexpr int kNarrowStem = 32;  // most output channels that the narrow tile takes
 
-// False, and no launch, where `shared_limit` is too small or a size is not served.
-template <typename T, typename Launch>
-bool stem_fprop(const StemProblem<T>& problem, size_t shared_limit, Launch&& launch) {
-  using Shape = StemTile<kStemTileP, kStemTileQ>;
-  const int64_t blocks = tile_count(problem.N, problem.U, problem.V, kStemTileP, kStemTileQ);
+template <typename Shape, typename T, typename Launch>
+bool stem_fprop_tile(const StemProblem<T>& problem, size_t shared_limit, Launch&& launch) {
+  const int64_t blocks = tile_count(problem.N, problem.U, problem.V, Shape::kTileP, Shape::kTileQ);
   if (Shape::template shared_bytes<T>() > shared_limit || blocks > INT32_MAX || problem.C > 4) return false;
   const LaunchShape shape{static_cast<unsigned>(blocks), kThreads, Shape::template shared_bytes<T>()};
-  if (blocks > 0) launch(shape, stem_fprop_kernel<T, kStemTileP, kStemTileQ>, problem);
+  if (blocks > 0) launch(shape, stem_fprop_kernel<T, Shape>, problem);
   return true;
+}
+
+// `filter`: 7, pooled, or 3. False, and no launch, where `shared_limit` is too small or a size is not served.
+template <typename T, typename Launch>
+bool stem_fprop(const StemProblem<T>& problem, int filter, size_t shared_limit, Launch&& launch) {
+  if (filter == 7) return stem_fprop_tile<PooledStemTile>(problem, shared_limit, launch);
+  if (filter != 3) return false;
+  return problem.K <= kNarrowStem ? stem_fprop_tile<NarrowStemTile>(problem, shared_limit, launch)
+                                  : stem_fprop_tile<WideStemTile>(problem, shared_limit, launch);
 }
 
 }  // namespace fusedres::cuda

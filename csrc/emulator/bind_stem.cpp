@@ -7,7 +7,7 @@ namespace {
 
 // sizes: N H W C K P Q U V; tensors: x w bias y.
 Totals stem(const std::string& dtype, const std::array<Address, 4>& tensors, const std::array<int, 9>& sizes,
-            size_t shared_limit, const Options& options) {
+            int filter, size_t shared_limit, const Options& options) {
   return for_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     const auto& t = tensors;
@@ -15,7 +15,7 @@ Totals stem(const std::string& dtype, const std::array<Address, 4>& tensors, con
     const cuda::StemProblem<T> problem{
         at<T>(t[0]), at<T>(t[1]), at<float>(t[2]), at<T>(t[3]), s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8]};
     Launcher launcher{options};
-    if (!cuda::stem_fprop(problem, shared_limit, launcher)) throw std::invalid_argument("no tile fits");
+    if (!cuda::stem_fprop(problem, filter, shared_limit, launcher)) throw std::invalid_argument("no tile fits");
     return totals(launcher.counters, launcher.launches);
   });
 }

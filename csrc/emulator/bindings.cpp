@@ -13,10 +13,12 @@ PYBIND11_MODULE(fusedres_emulator, module) {
       .def_readwrite("order", &Options::order)
       .def_readwrite("seed", &Options::seed)
       .def_readwrite("workers", &Options::workers)
+      .def_readwrite("patience", &Options::patience)
       .def_readwrite("drop_barrier", &Options::drop_barrier)
       .def_readwrite("drop_wait", &Options::drop_wait)
       .def_readwrite("swap_fragments", &Options::swap_fragments);
   bind_bottleneck(module);
   bind_basic_block(module);
   bind_stem(module);
+  bind_head(module);
 }

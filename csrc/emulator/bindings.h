@@ -61,5 +61,6 @@ auto for_dtype(const std::string& dtype, const Function& function) {
 void bind_bottleneck(pybind11::module_& module);
 void bind_basic_block(pybind11::module_& module);
 void bind_stem(pybind11::module_& module);
+void bind_head(pybind11::module_& module);
 
 }  // namespace fusedres::emulator

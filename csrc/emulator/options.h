@@ -17,7 +17,8 @@ enum class Order { forward, reverse, seeded };
 struct Options {
   Order order = Order::forward;
   uint64_t seed = 0;
-  int workers = 1;  // blocks that run at once
+  int workers = 1;         // blocks that run at once
+  double patience = 60.0;  // seconds that a block waits for another before it is an error
 
   // Faults, planted in every thread alike; -1: none. The n-th call of a thread is left out, as if the source lacked it.
   int64_t drop_barrier = -1;

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fusedres.problem import ConvProblem, Pair
 
-#: ``run(x, residual) -> y`` of a chain in eval; ``residual`` is None unless the chain wants a tensor.
+#: ``run(x, residual) -> y`` of a chain in eval; ``residual`` is None unless the chain's shortcut is given.
 EvalRun = Callable[[Tensor, Tensor | None], Tensor]
 
 
@@ -49,8 +49,8 @@ ConvT = TypeVar("ConvT", LiveConv, FoldedConv)
 class EvalChain(Generic[ConvT]):
     """A chain in eval: convs each followed by ReLU; before the last one's, the shortcut is added.
 
-    ``identity``: the shortcut is the chain's input; ``projection``: it is this conv of the input; else it is given.
-    ``pool``: kernel_size, stride and padding of a square max-pool behind it all, or None.
+    ``identity``: the shortcut is the chain's input; ``projection``: it is this conv of the input; ``given``: a tensor
+    that comes with every call. ``pool``: kernel_size, stride and padding of a square max-pool behind it all, or None.
     """
 
     convs: tuple[ConvT, ...]
@@ -58,6 +58,7 @@ class EvalChain(Generic[ConvT]):
     identity: bool
     relu: bool
     pool: tuple[int, int, int] | None = None
+    given: bool = False
 
     @property
     def all_convs(self) -> tuple[ConvT, ...]:
@@ -121,6 +122,18 @@ class Engine:
         It serves inputs of other batch sizes as well.
         """
         return None
+
+    def head_reason(self, w: Tensor) -> str | None:
+        """Why ``head`` has nothing to offer for the weight ``w`` (F, C) of a fully connected layer, or None."""
+        return "it has no kernel for the head"
+
+    def head_only_by_name(self) -> str | None:
+        """Why ``head`` serves only where this engine was asked for by name, or None."""
+        return None
+
+    def head(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        """The fully connected layer of the means over each map, in one launch: x (N, C, H, W) -> (N, F)."""
+        raise NotImplementedError
 
     def __getattr__(self, op: str) -> Callable[..., Any]:
         raise AttributeError(f"the engine {self.name!r} does not compute {op!r}")

@@ -1,8 +1,9 @@
-"""Which kernel of csrc/cuda serves a folded chain in one launch, why none does, and what it is called with."""
+"""Which kernel of csrc/cuda serves a folded chain, or a head, in one launch; why none does; what it is called with."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,15 +17,29 @@ _FORMS = {
     ((1, 1), (3, 3), (1, 1)): ("bottleneck_fprop", 1),
     ((3, 3), (3, 3)): ("basic_block_fprop", 0),
     ((7, 7),): ("stem_fprop", 0),
+    ((3, 3),): ("stem_fprop", 0),
 }
 #: Kernels read 16 bytes at a time: eight channels.
 _CHANNEL_MULTIPLE = 8
 #: Widest 3x3 convs of a block worth one launch. Beyond it arithmetic bounds the block and not the traffic between its
 #: convs, and a halo adds to the arithmetic (docs/gpu.md).
 MAX_WIDTH = {"bottleneck_fprop": 256, "basic_block_fprop": 128}
-#: What the stem's weight is padded to: channels, rows, columns.
-_STEM_WEIGHT = (4, 7, 8)
-_STEM_POOL = (3, 2, 1)
+#: The channels and the columns that a stem's weight is padded to: a filter row and one tap of zeros.
+_STEM_CHANNELS, _STEM_ADDED = 4, 1
+
+
+class Stem(NamedTuple):
+    """A stem that the kernel has, by the size of its filter: the conv's stride, and the max-pool behind its ReLU."""
+
+    stride: int
+    pool: tuple[int, int, int] | None
+    text: str
+
+
+_STEMS = {
+    7: Stem(2, (3, 2, 1), "a 7x7 conv of stride 2, a ReLU and a 3x3 max-pool of stride 2"),
+    3: Stem(1, None, "a 3x3 conv of stride 1 and a ReLU"),
+}
 
 Chain = EvalChain[FoldedConv]
 Arguments = tuple[Tensor | int | None, ...]
@@ -72,13 +87,20 @@ def _block_reason(chain: Chain, stride: tuple[int, int]) -> str | None:
 
 
 def _stem_reason(chain: Chain) -> str | None:
-    is_stem = chain.convs[0].stride == (2, 2) and chain.pool == _STEM_POOL and chain.relu
-    if not is_stem or chain.identity or chain.projection is not None:
-        return "the stem's kernel is a 7x7 conv of stride 2, a ReLU and a 3x3 max-pool of stride 2"
-    channels = chain.convs[0].w.shape[1]
-    return (
-        None if channels <= _STEM_WEIGHT[0] else f"the stem's kernel takes {_STEM_WEIGHT[0]} channels, not {channels}"
-    )
+    (conv,) = chain.convs
+    channels, size = conv.w.shape[1], conv.w.shape[2]
+    stem = _STEMS[size]
+    if channels > _STEM_CHANNELS:
+        return f"the stem's kernel takes {_STEM_CHANNELS} channels, not {channels}"
+    is_stem = conv.stride == (stem.stride, stem.stride) and chain.pool == stem.pool and chain.relu
+    if not is_stem or chain.identity or chain.given or chain.projection is not None:
+        return f"the stem's {size}x{size} kernel is {stem.text}"
+    return None
+
+
+def is_measured(chain: Chain) -> bool:
+    """Whether the kernel of ``chain`` was measured on a GPU to be faster than a launch a conv (docs/gpu.md)."""
+    return _sizes(chain) == ((7, 7),)
 
 
 def size_reason(chain: Chain, shared_memory: int, shared_bytes: Callable[[str, int, int], int]) -> str | None:
@@ -106,6 +128,13 @@ def size_reason(chain: Chain, shared_memory: int, shared_bytes: Callable[[str, i
     return None
 
 
+def head_reason(w: Tensor) -> str | None:
+    """Why the head's kernel does not take the weight ``w`` (F, C) of a fully connected layer, or None."""
+    if w.shape[0] == 0 or w.shape[1] % _CHANNEL_MULTIPLE or not w.is_contiguous():
+        return f"head_fprop takes dense weights, channels in multiples of {_CHANNEL_MULTIPLE}, not {tuple(w.shape)}"
+    return None
+
+
 def arguments(chain: Chain) -> Arguments:
     """What the kernel of ``chain`` is called with behind ``x``: weights channels_last, biases in float32."""
     kernel, strided = _FORMS[_sizes(chain)]
@@ -128,8 +157,8 @@ def _bias(conv: FoldedConv) -> Tensor:
 
 
 def stem_weight(w: Tensor) -> Tensor:
-    """(K, C, 7, 7) -> (K, 4, 7, 8) channels_last, zeros in the channels and columns added."""
-    c, r, s = _STEM_WEIGHT
-    padded = w.new_zeros((w.shape[0], r, s, c)).permute(0, 3, 1, 2)
-    padded[:, : w.shape[1], :, : w.shape[3]] = w
+    """(K, C, R, R) -> (K, 4, R, R + 1) channels_last, zeros in the channels and the column added."""
+    k, c, r, s = w.shape
+    padded = w.new_zeros((k, r, s + _STEM_ADDED, _STEM_CHANNELS)).permute(0, 3, 1, 2)
+    padded[:, :c, :, :s] = w
     return padded

@@ -1,4 +1,4 @@
-"""The ``cuda`` engine: the native kernels of csrc/cuda, each a whole block, or the stem, of a network in eval.
+"""The ``cuda`` engine: the native kernels of csrc/cuda, each a whole block, the stem or the head of a network in eval.
 
 It has no convolutions of its own: what no kernel serves in one launch runs in the next engine, a launch a conv.
 """
@@ -10,13 +10,14 @@ from torch import Tensor
 
 from fusedres import native
 from fusedres.engines import Engine, EvalChain, EvalRun, FoldedConv
-from fusedres.engines.block_kernels import arguments, form_reason, kernel_of, size_reason
+from fusedres.engines.block_kernels import arguments, form_reason, head_reason, is_measured, kernel_of, size_reason
 from fusedres.engines.nvidia import old_device, shared_memory
 
 kernels = torch.ops.fusedres_cuda
 
 _DTYPES = (torch.bfloat16, torch.float16)
 _ALIGNMENT = 16  # bytes
+_UNMEASURED = "nobody has measured it on a GPU"
 
 
 class CUDAEngine(Engine):
@@ -35,8 +36,10 @@ class CUDAEngine(Engine):
         return reason or size_reason(chain, self.shared_memory(w.device), _shared_bytes)
 
     def folded_only_by_name(self, chain: EvalChain[FoldedConv]) -> str | None:
-        if kernel_of(chain) == "stem_fprop":
+        if is_measured(chain):
             return None
+        if kernel_of(chain) == "stem_fprop":
+            return _UNMEASURED
         return "a launch a conv is faster wherever both were measured (docs/gpu.md)"
 
     def compile_folded(self, chain: EvalChain[FoldedConv], x_shape: torch.Size) -> EvalRun | None:
@@ -45,6 +48,15 @@ class CUDAEngine(Engine):
             return None
         kernel, operands = getattr(kernels, name), arguments(chain)
         return lambda x, _: kernel(_aligned(x), *operands)
+
+    def head_reason(self, w: Tensor) -> str | None:
+        return self._tensor_reason(w.device.type, w.dtype) or head_reason(w)
+
+    def head_only_by_name(self) -> str | None:
+        return _UNMEASURED
+
+    def head(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        return kernels.head_fprop(_aligned(x), _aligned(w), bias)
 
     def _tensor_reason(self, device_type: str, dtype: torch.dtype) -> str | None:
         if device_type != self.device_type:
@@ -67,7 +79,7 @@ def _shared_bytes(kernel: str, width: int, stride: int) -> int:
 
 def _aligned(x: Tensor) -> Tensor:
     """``x``, or a copy where a view begins in the middle of 16 bytes."""
-    return x if x.data_ptr() % _ALIGNMENT == 0 else x.clone(memory_format=torch.channels_last)
+    return x if x.data_ptr() % _ALIGNMENT == 0 else x.clone(memory_format=torch.preserve_format)
 
 
 CUDA = CUDAEngine()

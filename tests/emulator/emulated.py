@@ -78,19 +78,39 @@ def bottleneck_fprop(
 
 
 def stem_fprop(x: Tensor, w: Tensor, bias: Tensor, run: Any = None) -> tuple[Tensor, dict[str, int]]:
-    """``y`` and the totals of the launch. ``w`` (K, 4, 7, 8) as ``block_kernels.stem_weight`` pads it."""
-    (n, c, h, w_), k, dtype = x.shape, w.shape[0], x.dtype
-    p, q = (h - 1) // 2 + 1, (w_ - 1) // 2 + 1
-    u, v = (p - 1) // 2 + 1, (q - 1) // 2 + 1
+    """``y`` and the totals of the launch. ``w`` (K, 4, R, R + 1) as ``block_kernels.stem_weight`` pads it."""
+    (n, c, h, w_), (k, _, r, _), dtype = x.shape, w.shape, x.dtype
+    p, q = ((h - 1) // 2 + 1, (w_ - 1) // 2 + 1) if r == 7 else (h, w_)
+    u, v = ((p - 1) // 2 + 1, (q - 1) // 2 + 1) if r == 7 else (p, q)
     y = poisoned(dtype, n, k, u, v)
     tensors = [
         address(x, dtype, n, c, h, w_),
-        address(w, dtype, k, 4, 7, 8),
+        address(w, dtype, k, 4, r, r + 1),
         address(bias, torch.float32, k),
         address(y, dtype, n, k, u, v),
     ]
     sizes = [n, h, w_, c, k, p, q, u, v]
-    return y, load("fusedres_emulator").stem_fprop(name_of(dtype), tensors, sizes, SHARED_LIMIT, run or options())
+    return y, load("fusedres_emulator").stem_fprop(name_of(dtype), tensors, sizes, r, SHARED_LIMIT, run or options())
+
+
+def head_fprop(
+    x: Tensor, w: Tensor, bias: Tensor | None, run: Any = None, tickets: int = 0
+) -> tuple[Tensor, dict[str, int]]:
+    """``y`` and the totals of the launch. ``tickets``: how many blocks are said to have begun before the first."""
+    (n, c, h, width), f, dtype = x.shape, w.shape[0], x.dtype
+    module = load("fusedres_emulator")
+    pooled, y = poisoned(dtype, n, c), poisoned(dtype, n, f)
+    counters = torch.zeros(module.head_counters(n), dtype=torch.int32)
+    counters[0] = tickets
+    tensors = [
+        address(x, dtype, n, c, h, width),
+        address(w, dtype, f, c),
+        address(bias, dtype, f),
+        address(pooled, dtype, n, c),
+        address(counters, torch.int32, *counters.shape),
+        address(y, dtype, n, f),
+    ]
+    return y, module.head_fprop(name_of(dtype), tensors, [n, h * width, c, f], SHARED_LIMIT, run or options())
 
 
 def basic_block_fprop(

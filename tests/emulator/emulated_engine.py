@@ -44,8 +44,17 @@ def _stem(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
     return emulated.stem_fprop(x, w, bias)[0]
 
 
+def _head(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    return emulated.head_fprop(x, w, bias)[0]
+
+
 _library = torch.library.Library("fusedres_cuda", "IMPL")
-for _name, _function in (("bottleneck_fprop", _bottleneck), ("basic_block_fprop", _basic_block), ("stem_fprop", _stem)):
+for _name, _function in (
+    ("bottleneck_fprop", _bottleneck),
+    ("basic_block_fprop", _basic_block),
+    ("stem_fprop", _stem),
+    ("head_fprop", _head),
+):
     _library.impl(_name, _function, "CPU")
 
 

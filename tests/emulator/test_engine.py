@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 from torchvision.models import resnet as eager_resnet
 
 import fusedres
+from fusedres.cli.networks import EagerNet
 from fusedres.measure import count_launches
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -37,15 +39,14 @@ def launches(model: nn.Module, x: torch.Tensor) -> dict[str, int]:
         return dict(count_launches(lambda: model(x)).forward_ops)
 
 
-def test_resnet50_is_a_launch_for_the_stem_one_a_served_block_and_else_one_a_conv() -> None:
+def test_resnet50_is_a_launch_for_stem_and_head_one_a_served_block_and_else_one_a_conv() -> None:
     fused, eager = frozen_twins("resnet50", torch.float16)
     x = batch(1, 3, 32, 32, dtype=torch.float16)
     assert launches(fused, x) == {
         "fusedres_cuda::stem_fprop": 1,
         "fusedres_cuda::bottleneck_fprop": 3 + 4 + 6,
         "fusedres::conv_fprop": 3 + 3 + 3 + 1,  # layer4, its projection last
-        "aten::mean": 1,
-        "aten::addmm": 1,
+        "fusedres_cuda::head_fprop": 1,
     }
     assert_accurate(output_results(fused, eager, x))
 
@@ -60,10 +61,43 @@ def test_resnet18_is_a_launch_a_block_in_its_narrow_stages() -> None:
     assert_accurate(output_results(fused, eager, x))
 
 
+@pytest.mark.parametrize("shortcut", ["A", "B"])
+def test_a_cifar_resnet_is_a_launch_for_the_stem_and_one_a_block(shortcut: str) -> None:
+    net = fusedres.cifar.CifarResNet(1, shortcut=shortcut).eval().to(memory_format=torch.channels_last)
+    fused, eager = shaken(net, EagerNet(net).eval(), torch.float16)
+    x = batch(2, 3, 16, 16, dtype=torch.float16)
+    found = launches(fusedres.freeze(fused), x)
+    assert found["fusedres_cuda::stem_fprop"] == 1
+    assert found["fusedres_cuda::basic_block_fprop"] == {"A": 1, "B": 3}[shortcut]
+    assert found.get("fusedres::conv_fprop", 0) == {"A": 2 * 2, "B": 0}[shortcut]
+    assert_accurate(output_results(fused, eager, x))
+    rows = {row.name: row for row in fusedres.explain(fused)}
+    assert (rows["conv1"].kind, rows["conv1"].folded) == ("CifarResNet: stem", "cuda")
+
+
+def test_a_chain_like_a_stem_that_adds_a_tensor_is_not_taken_for_one() -> None:
+    """Its launch would leave the shortcut out."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+            self.other = nn.Conv2d(3, 8, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.relu(self.bn(self.conv(x)) + self.other(x))
+
+    eager, x = Net().half().eval(), batch(1, 3, 6, 7, dtype=torch.float16)
+    fused = fusedres.fuse(copy.deepcopy(eager))
+    assert "fusedres_cuda::stem_fprop" not in launches(fused, x)
+    assert_accurate(output_results(fused, eager, x))
+
+
 def test_explain_names_the_engine_of_eval_and_why_a_wide_block_has_another() -> None:
     rows = {row.name: row for row in fusedres.explain(fusedres.resnet50().half())}
     assert (rows["layer3.5"].engine, rows["layer3.5"].folded) == ("reference", "cuda")
     assert (rows["layer4.0"].engine, rows["layer4.0"].folded) == ("reference", "reference")
+    assert (rows["fc"].kind, rows["fc"].engine, rows["fc"].folded) == ("ResNet: head", "eager", "cuda")
     assert "cuda: bottleneck_fprop is for widths to 256, not 512" in rows["layer4.0"].reason
 
 

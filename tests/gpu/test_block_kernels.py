@@ -1,13 +1,14 @@
-"""The native block and stem kernels on the GPU: as accurate as eager, equal at every call, captured by a graph."""
+"""The native CUDA kernels on the GPU: as accurate as eager, equal at every call, captured by a graph."""
 
 from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
-from geometries import assert_close_as_eager, batch, eager_block, eager_stem, fold, folded
+from geometries import assert_close_as_eager, batch, eager_block, eager_cifar_stem, eager_stem, fold, folded
 from networks import shaken
 from torch import Tensor, nn
 from torchvision.models import resnet as eager_resnet
@@ -68,15 +69,38 @@ def test_a_basic_block_is_as_accurate_as_eager(geometry: tuple[int, int, int, in
 
 
 @dtypes
-@pytest.mark.parametrize("size", [(2, 3, 64, 224, 224), (1, 1, 8, 1, 1), (2, 4, 72, 19, 45)], ids=str)
-def test_the_stem_is_as_accurate_as_eager(size: tuple[int, int, int, int, int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("make", "size"),
+    [
+        *((eager_stem, size) for size in [(2, 3, 64, 224, 224), (1, 1, 8, 1, 1), (2, 4, 72, 19, 45)]),
+        *((eager_cifar_stem, size) for size in [(128, 3, 16, 32, 32), (2, 3, 64, 224, 224), (2, 4, 72, 19, 45)]),
+    ],
+    ids=lambda parameter: getattr(parameter, "__name__", str(parameter)),
+)
+def test_the_stem_is_as_accurate_as_eager(
+    make: Callable[..., nn.Sequential], size: tuple[int, int, int, int, int], dtype: torch.dtype
+) -> None:
     n, c, k, h, w = size
-    stem = eager_stem(c, k, dtype)
+    stem = make(c, k, dtype)
     with torch.no_grad():
         weight, bias = fold(stem[0], stem[1], dtype)
     x = batch(n, c, h, w, dtype=dtype)
     y = kernels.stem_fprop(x.cuda(), stem_weight(weight).cuda(), bias.cuda())
     assert_close_as_eager(y.cpu(), stem, x)
+
+
+@dtypes
+@pytest.mark.parametrize(
+    "size", [(1, 2048, 7, 1000), (64, 2048, 7, 1000), (256, 2048, 7, 1000), (70, 136, 3, 37)], ids=str
+)
+def test_the_head_is_as_accurate_as_eager(size: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    n, c, side, f = size
+    torch.manual_seed(0)
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, f)).to(dtype).eval()
+    x, w, bias = batch(n, c, side, side, dtype=dtype), head[2].weight.detach().cuda(), head[2].bias.detach().cuda()
+    first, second = (kernels.head_fprop(x.cuda(), w, bias) for _ in range(2))
+    assert torch.equal(first, second)
+    assert_close_as_eager(first.cpu(), head, x)
 
 
 def test_nan_spreads_as_in_eager() -> None:
@@ -125,5 +149,6 @@ def test_eval_of_a_network_is_a_launch_a_served_block_and_can_be_captured(name: 
     blocks = {"resnet18": ("basic_block_fprop", 2 + 2), "resnet50": ("bottleneck_fprop", 3 + 4 + 6)}
     kernel, count = blocks[name]
     assert (ops["fusedres_cuda::stem_fprop"], ops[f"fusedres_cuda::{kernel}"]) == (1, count)
+    assert ops["fusedres_cuda::head_fprop"] == 1
     assert (first.cpu().double() - reference).abs().max() <= 2 * theirs + 1e-3 * reference.abs().max()
     assert torch.equal(captured, first)
