@@ -56,11 +56,14 @@ def stage(specs: Sequence[ChainSpec], x: Tensor, chains: Sequence[Sequence[UnitT
 
 def _forward(links: tuple[Link, ...], x: Tensor, *flat: Tensor | None) -> tuple[Tensor | None, ...]:
     """The stage's output, those of the chains before the last, and what the units of every chain keep for backward."""
-    outputs, saved, at = [], [], 0
+    outputs: list[Tensor] = []
+    saved: list[Tensor | None] = []
+    at = 0
     for link in links:
         size = link.units * len(UnitTensors._fields)
-        x, *kept = chain_forward(*link, x, None, *flat[at : at + size])
-        outputs.append(x)
+        y, *kept = chain_forward(*link, outputs[-1] if outputs else x, None, *flat[at : at + size])
+        assert y is not None
+        outputs.append(y)
         saved += kept
         at += size
     return outputs[-1], *outputs[:-1], *saved
@@ -96,10 +99,11 @@ class StageFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         outputs, saved_by_units = [*saved[: len(links) - 1], y], saved[len(links) - 1 :]
         tensors, settings, kept, at, unit = unit_tensors(flat), [], [], 0, 0
-        for link, of_chain in zip(links, [x, *outputs], strict=False):
+        for link, a in zip(links, [x, *outputs], strict=False):
+            assert a is not None
             of_units = tensors[unit : unit + link.units]
             size = link.units * len(Saved._fields)
-            settings.append(Backward(link, of_chain.shape[2:], tuple(map(ParameterDtypes.of, of_units))))
+            settings.append(Backward(link, a.shape[2:], tuple(map(ParameterDtypes.of, of_units))))
             kept += [*keep_parameters(link.needs, of_units, x.dtype), *saved_by_units[at : at + size]]
             unit, at = unit + link.units, at + size
         ctx.settings, ctx.spec = tuple(settings), links[0].spec
