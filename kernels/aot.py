@@ -105,11 +105,12 @@ def dgrad_calls(o: Operands) -> Iterator[tuple[str, tuple[Any, ...]]]:
 
 
 def border_calls(o: Operands) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """(form, arguments) of every way in which the networks call ``conv_dgrad_drelu_dbn``: from pointwise convs."""
+    """(form, arguments) of every way in which the networks call ``conv_dgrad_drelu_dbn``: from convs of stride 1."""
     p = o.problem
     if p.stride == (1, 1):
         lazy = (o.y, o.y, o.bn, o.sums, 1 / p.gemm_m, o.w, (p.H, p.W), *o.geometry)
-        yield "stored", (*lazy, o.x, o.x, o.x, o.in_bn, None, None)
+        yield "border", (*lazy, o.x, o.x, o.x, o.in_bn, None, None)
+        yield "border+projection", (*lazy, o.x, o.x, o.x, o.in_bn, o.x, o.in_bn)
 
 
 def wgrad_calls(o: Operands) -> Iterator[tuple[str, tuple[Any, ...]]]:

@@ -100,6 +100,17 @@ def assert_fits(name: str, dtype: torch.dtype, machine: str) -> None:
             assert any(a.startswith("st.global.v4.b32") for a in accesses), f"{where} {accesses}"
 
 
+@machines
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ["1x1 to 64", "3x3 of 64"])  # where bottlenecks and basic blocks begin
+def test_borders_of_blocks_fit_their_machine(name: str, dtype: torch.dtype, machine: str) -> None:
+    (plan,) = (p for p in plans(machine, PROBLEMS[name], dtype) if p.form == "border+projection")
+    found = usage(plan.build, machine)
+    assert found.spilled_bytes == 0, found[:4]
+    assert found.shared_bytes <= MULTIPROCESSORS[machine].block_shared_bytes, found[:4]
+    assert dtype == torch.float32 or found.has_matrix_instruction(machine), found[:4]
+
+
 def projections(dtype: torch.dtype) -> Iterator[Launch]:
     """The ends of a ResNet-50's first and last projected blocks at batch 256, and of one with ragged channels."""
     for c, c_d, k, side, stride in ((64, 64, 256, 56, 1), (512, 1024, 2048, 14, 2), (20, 36, 50, 15, 2)):
