@@ -1,8 +1,8 @@
 """What a chain's forward or backward calls, recorded once per problem and then called without the Python that chose it.
 
-A training step of ResNet-50 is a thousand launches and calls of ATen. Finding out which, from specs, shapes and engines,
-takes the host longer than a GPU needs to do the work; and for the same problem the answer is the same. So the first call
-of a problem runs as it is written, the second is recorded while it runs, and those after it run the program.
+A training step of ResNet-50 is a thousand launches and calls of ATen. Finding out which, from specs, shapes and
+engines, takes the host longer than a GPU needs to do the work; and for the same problem the answer is the same. So the
+first call of a problem runs as it is written, the second is recorded while it runs, and those after it run the program.
 
 What a program depends on is its key: the function and its settings, the engine asked for, whether choices are made by
 measurement, and of every tensor its dtype, shape, strides, device and alignment. Values are never looked at.
