@@ -203,7 +203,8 @@ class Backbone(nn.Module):
 
     def _first(self, x: Tensor) -> Tensor:
         """The first map, channels_last whatever ``x`` is, so that the network behind it stays so."""
-        x = x if is_transformed() else channels_last(x)
+        is_batch = isinstance(x, Tensor) and x.dim() == 4
+        x = channels_last(x) if is_batch and not is_transformed() else x
         return functional.conv_bn_relu(x, self.conv1, self.bn1, self.relu)
 
     def _stem(self, x: Tensor) -> Tensor:

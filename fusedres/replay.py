@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedres import dispatch, tuning
+from fusedres.inspection import is_transformed
 from fusedres.recorder import Outputs, Program, Recorder, Tensors
 
 #: More problems than a training run meets; beyond them everything is forgotten, and recorded anew.
@@ -84,7 +85,7 @@ def call(function: Callable[..., Outputs], settings: tuple[Hashable, ...], tenso
 
 def _may_replay(first: Tensor | None) -> bool:
     """Whether the engine of such tensors gains by it, and nobody else follows what is called."""
-    if first is None or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if first is None or torch.compiler.is_compiling() or is_transformed() or torch._C._len_torch_dispatch_stack():
         return False
     return dispatch.choose("conv_fprop", first.device.type, first.dtype).engine.replays
 
@@ -100,7 +101,8 @@ def _looks(tensors: Tensors) -> tuple[Hashable, ...] | None:
         if t is None:
             looks.append(None)
             continue
-        if type(t) not in _PLAIN or t.is_neg() or t._is_zerotensor() or id(t) in ids:
+        is_memory = type(t) in _PLAIN and torch._C._has_storage(t) and not (t.is_neg() or t._is_zerotensor())
+        if not is_memory or id(t) in ids:
             return None
         ids.add(id(t))
         looks.append((t.dtype, t.shape, t.stride(), t.storage_offset(), t.get_device(), t.data_ptr() % _ALIGNMENT))

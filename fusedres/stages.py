@@ -12,7 +12,7 @@ from fusedres import autocast, dispatch, folding
 from fusedres.autograd import stage
 from fusedres.blocks import FusedBasicBlock, FusedBottleneck
 from fusedres.functional import ConvBN, check_chain, is_fusable_input, unit_spec, unit_tensors
-from fusedres.inspection import plain_reason
+from fusedres.inspection import is_traced, is_transformed, plain_reason
 from fusedres.specs import ChainSpec, Residual
 
 Block = FusedBasicBlock | FusedBottleneck
@@ -45,7 +45,9 @@ def run_stage(blocks: nn.Module, x: Tensor, chained: bool | None) -> Tensor:
 
 
 def _may_chain(x: Tensor, chained: bool | None) -> bool:
-    if not (torch.is_grad_enabled() and type(x) is Tensor) or torch.compiler.is_compiling() or chained is False:
+    if chained is False or not (torch.is_grad_enabled() and type(x) is Tensor):
+        return False
+    if torch.compiler.is_compiling() or is_traced() or is_transformed():
         return False
     if not x.is_contiguous(memory_format=torch.channels_last) or x.dtype != autocast.compute_dtype(x):
         return False

@@ -40,8 +40,6 @@ class CPUEngine(Engine):
             return f"it computes on the CPU, the tensors are on {device_type}"
         if dtype not in _DTYPES:
             return f"it has no kernels for {dtype}"
-        if op == "conv_projection":
-            return "it runs the two convs one by one"
         if op not in _SMALL_OPS and op != "conv_fprop":
             return self.missing
         return None
@@ -126,6 +124,21 @@ class CPUEngine(Engine):
             y = _run(x, conv, residual, relu)
         y = channels_last(y)
         return y, kernels.channel_stats(y) if genstats else no_sums(y)
+
+    @staticmethod
+    def conv_projection(
+        x: Tensor,
+        w: Tensor,
+        bias: Tensor | None,
+        x_d: Tensor,
+        w_d: Tensor,
+        bias_d: Tensor | None,
+        stride_d: Sequence[int],
+        relu: bool,
+    ) -> Tensor:
+        plain = (0, 0), (1, 1), 1
+        residual, _ = CPUEngine.conv_fprop(x_d, w_d, bias_d, None, None, stride_d, *plain, False, False)
+        return CPUEngine.conv_fprop(x, w, bias, residual, None, (1, 1), *plain, relu, False)[0]
 
     @staticmethod
     def dbn(g: Tensor, z: Tensor | None, bn: Tensor, sums: Tensor | None, inv_count: float) -> Tensor:
