@@ -47,6 +47,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--dtypes", nargs="*", choices=DTYPES, default=list(DTYPES), help="of training and eval")
     parser.add_argument("--serve", nargs="*", type=int, default=[1, 128])
+    parser.add_argument("--chained", action="store_true", help="in training, blocks of a stage share Functions")
     parser.add_argument("--compile", action="store_true", help="time torch.compile in training too, of both")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     return parser.parse_args()
@@ -57,6 +58,7 @@ def contestants(args: argparse.Namespace) -> dict[str, nn.Module]:
     import torchvision
 
     eager, fused = (getattr(family, args.arch)() for family in (torchvision.models, fusedres))
+    fused.set_chained_blocks(args.chained or None)
     return {k: m.cuda() for k, m in pair(eager, fused).items()}
 
 
@@ -207,13 +209,14 @@ def main() -> int:
         "batch": args.batch,
         "side": args.side,
         "rounds": args.rounds,
+        "chained": args.chained,
         "machine": environment.machine(),
         "versions": environment.versions() | {"commit": environment.commit(), "cudnn": torch.backends.cudnn.version()},
         "clock": "time.perf_counter around torch.accelerator.synchronize",
         "engines": {name: dispatch.choose("conv_fprop", "cuda", dtype).engine.name for name, dtype in DTYPES.items()},
     }
     name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-    path = args.out / name / f"{args.arch}-batch{args.batch}.json"
+    path = args.out / name / f"{args.arch}-batch{args.batch}{'-chained' * args.chained}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     for found in stages(models, args):  # what was measured is kept if a later stage fails
         facts |= found
