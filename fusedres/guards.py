@@ -95,8 +95,7 @@ def all_unchanged(identities: tuple[Identity, ...], tensors: tuple[Tensor, ...])
 @functools.cache
 def _all(name: str, question: Callable[[Any, Any], bool]) -> Callable[[tuple[Any, ...], tuple[Any, ...]], int]:
     """``question(of, thing)`` of every pair: ``name`` of csrc/guards.cpp, or Python where that was not built."""
-    path = native.library_path()
-    function = None if native.missing is not None or path is None else getattr(ctypes.PyDLL(str(path)), name, None)
+    function = native.function(name, ctypes.PyDLL)
     if function is None:
         return lambda of, things: len(of) == len(things) and all(map(question, of, things))
     function.argtypes = [ctypes.py_object, ctypes.py_object]

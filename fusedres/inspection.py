@@ -66,6 +66,11 @@ def is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
+def is_followed() -> bool:
+    """Whether a compiler, ``torch.jit.trace``, ``torch.func`` or forward-mode AD follows what is called now."""
+    return torch.compiler.is_compiling() or is_traced() or is_transformed()
+
+
 def recorder_reason() -> str | None:
     """Why the modules must run one by one for whoever records or transforms this call, or None.
 

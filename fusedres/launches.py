@@ -129,10 +129,7 @@ def bound(launches: Sequence[Launch], roots: Sequence[Sequence[int]], count: int
 @functools.cache
 def native_launch() -> Any:
     """``fusedres_launch`` of csrc/launch.cpp, or None where it was not built."""
-    path = native.library_path()
-    if native.missing is not None or path is None:
-        return None
-    function = getattr(ctypes.CDLL(str(path)), "fusedres_launch", None)
+    function = native.function("fusedres_launch")
     if function is not None:
         function.argtypes = [ctypes.c_uint64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_uint64]
     return function

@@ -8,7 +8,9 @@ Shapes and names are those of ``fusedres.ops``. The CUDA kernels are in the libr
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -81,6 +83,12 @@ for _device_type, _library in _libraries.items():
 def library_path() -> Path | None:
     """The built library beside this file, or None."""
     return next(iter(sorted(Path(__file__).parent.glob("_native*.so"))), None)
+
+
+def function(name: str, loader: type[ctypes.CDLL] = ctypes.CDLL) -> Any:
+    """The library's C function ``name``, or None where it was not built; by ``ctypes.PyDLL`` if it needs the lock."""
+    path = library_path()
+    return None if missing is not None or path is None else getattr(loader(str(path)), name, None)
 
 
 def _load() -> dict[str, str | None]:

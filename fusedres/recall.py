@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fusedres import autocast, dispatch, folding
 from fusedres.engines.nvidia import is_capturing
 from fusedres.guards import Guard, all_hold
-from fusedres.inspection import is_traced, is_transformed
+from fusedres.inspection import is_followed
 from fusedres.layout import channels_last
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def network(
     x: (N, C, H, W). ``forward`` must depend on ``net``, its attributes and modules alone. ``chains``: the modules of
     each chain that it runs, if it runs nothing else.
     """
-    if not isinstance(x, Tensor) or type(x) is not Tensor or not _may_recall(x) or is_capturing(x.device):
+    if type(x) is not Tensor or not _may_recall(x) or is_capturing(x.device):
         return forward(x)
     again = _again(net, x)
     if again is not None:
@@ -185,5 +185,4 @@ def _note(net: nn.Module, x: Tensor, chains: Sequence[Modules]) -> None:
 
 def _may_recall(x: Tensor) -> bool:
     """Under autocast only an input of its dtype enters a chain as it is."""
-    is_recorded = torch.compiler.is_compiling() or is_traced() or is_transformed()
-    return not (torch.is_grad_enabled() or is_recorded) and x.dtype == autocast.compute_dtype(x)
+    return not (torch.is_grad_enabled() or is_followed()) and x.dtype == autocast.compute_dtype(x)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedres import dispatch, tuning
-from fusedres.inspection import is_transformed
+from fusedres.inspection import is_followed
 from fusedres.recorder import Outputs, Program, Recorder, Tensors
 
 #: More problems than a training run meets; beyond them everything is forgotten, and recorded anew.
@@ -85,7 +85,7 @@ def call(function: Callable[..., Outputs], settings: tuple[Hashable, ...], tenso
 
 def _may_replay(first: Tensor | None) -> bool:
     """Whether the engine of such tensors gains by it, and nobody else follows what is called."""
-    if first is None or torch.compiler.is_compiling() or is_transformed() or torch._C._len_torch_dispatch_stack():
+    if first is None or is_followed() or torch._C._len_torch_dispatch_stack():
         return False
     return dispatch.choose("conv_fprop", first.device.type, first.dtype).engine.replays
 

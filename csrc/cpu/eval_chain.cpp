@@ -149,15 +149,13 @@ Tensor image_by_image(const Chain& chain, const std::vector<Conv>& convs) {
   return y;
 }
 
-// Few pixels leave a panel of weights no time to arrive, few images leave threads without work. Convs that merge
-// columns read padding that must be written out.
-bool suits_image_by_image(const Chain& chain, const std::vector<Conv>& convs) {
+// Few pixels leave a panel of weights no time to arrive, few images leave threads without work.
+bool suits_image_by_image(const Chain& chain) {
   constexpr int64_t kPixels = 600;
   const Activation in = check_activation(chain.x, "x");
   const int64_t workers = torch::stable::get_num_threads();
   const bool shares_evenly = in.N % workers == 0 || in.N >= 4 * workers;
-  return chain.length() > 1 && in.H * in.W >= kPixels && shares_evenly &&
-         std::none_of(convs.begin(), convs.end(), merges_columns);
+  return chain.length() > 1 && in.H * in.W >= kPixels && shares_evenly;
 }
 
 // What one conv and its BN hold per channel; an absent vector has no elements.
@@ -218,8 +216,10 @@ Tensor eval_chain(const Tensor& x, const MaybeTensor& residual, const std::vecto
                                      weights[i].size(0)));
     }
     const Chain chain{x, residual, weights, packed, affines, geometry, identity, projection, relu};
-    const std::vector<Conv> convs = convs_of_image(chain);
-    y = suits_image_by_image(chain, convs) ? image_by_image<T>(chain, convs) : conv_by_conv<T>(chain);
+    const std::vector<Conv> convs = suits_image_by_image(chain) ? convs_of_image(chain) : std::vector<Conv>();
+    // Convs that merge columns read padding that must be written out.
+    const bool by_image = !convs.empty() && std::none_of(convs.begin(), convs.end(), merges_columns);
+    y = by_image ? image_by_image<T>(chain, convs) : conv_by_conv<T>(chain);
   });
   return y;
 }

@@ -8,6 +8,7 @@ packing.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -183,28 +184,10 @@ class CPUEngine(Engine):
         return dx, _drelu_(dx, prev_z, prev_bn)
 
     @staticmethod
-    def conv_dgrad_drelu_dbn(
-        g: Tensor,
-        z: Tensor | None,
-        bn: Tensor | None,
-        sums: Tensor | None,
-        inv_count: float,
-        w: Tensor,
-        input_size: Sequence[int],
-        stride: Sequence[int],
-        padding: Sequence[int],
-        dilation: Sequence[int],
-        groups: int,
-        residual: Tensor,
-        y: Tensor,
-        prev_z: Tensor | None,
-        prev_bn: Tensor | None,
-        side_z: Tensor | None,
-        side_bn: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        conv = (w, input_size, stride, padding, dilation, groups)
-        dx, _ = CPUEngine.conv_dgrad(g, z, bn, sums, inv_count, *conv, residual, (1, 1), None, None)
-        return dx, *kernels.drelu_dbn_by_output_(dx, y, prev_z, prev_bn, side_z, side_bn)
+    def conv_dgrad_drelu_dbn(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        conv, tail = (*args[:-5], (1, 1), None, None), args[-5:]  # the last five are those of drelu_dbn
+        dx, _ = CPUEngine.conv_dgrad(*conv)
+        return dx, *kernels.drelu_dbn_by_output_(dx, *tail)
 
     @staticmethod
     def conv_wgrad(

@@ -57,27 +57,11 @@ class CuDNNEngine(Engine):
     def conv_dgrad(self, *args: Any) -> tuple[Tensor, Tensor]:
         return (TRITON.conv_dgrad if prefers_triton("conv_dgrad", args) else vendor_dgrad)(*args)
 
-    @staticmethod
-    def conv_dgrad_drelu_dbn(
-        g: Tensor,
-        z: Tensor | None,
-        bn: Tensor | None,
-        sums: Tensor | None,
-        inv_count: float,
-        w: Tensor,
-        input_size: Sequence[int],
-        stride: Sequence[int],
-        padding: Sequence[int],
-        dilation: Sequence[int],
-        groups: int,
-        residual: Tensor,
-        *tail: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        conv = (w, input_size, stride, padding, dilation, groups)
-        if is_plain_gemm(w.shape[2:], stride, padding, groups):  # as conv_dgrad with a residual
-            dz = g if bn is None else TRITON.dbn(g, z, bn, sums, inv_count)
-            return TRITON.conv_dgrad_drelu_dbn(dz, None, None, None, 0.0, *conv, residual, *tail)
-        dx, _ = vendor_dgrad(g, z, bn, sums, inv_count, *conv, residual, (1, 1), None, None)
+    def conv_dgrad_drelu_dbn(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        conv, tail = (*args[:-5], (1, 1), None, None), args[-5:]  # the last five are those of drelu_dbn
+        if prefers_triton("conv_dgrad", conv):
+            return TRITON.conv_dgrad_drelu_dbn(*args)
+        dx, _ = vendor_dgrad(*conv)
         return dx, *_kernel("tails", "drelu_dbn_")(dx, *tail)
 
     def conv_wgrad(self, *args: Any) -> Tensor:
