@@ -45,6 +45,8 @@ _CPU_SCHEMAS = (
     # or each weight's; geometry: stride, padding and dilation of each conv.
     "eval_chain(Tensor x, Tensor? residual, Tensor[] weights, Tensor[] packed, Tensor[] vectors, Tensor eps,"
     " int[] geometry, bool identity, bool projection, bool relu) -> Tensor",
+    # The fully connected layer of the means over H and W: x (N, C, H, W), w (F, C) -> (N, F). float32, float64.
+    "head_fprop(Tensor x, Tensor w, Tensor? bias) -> Tensor",
     # As fusedres::conv_wgrad, groups 1; dw is (K, C, R, S) channels_last.
     "conv_wgrad(Tensor g, Tensor? z, Tensor? bn, Tensor? sums, float inv_count, Tensor x, Tensor? in_bn,"
     " int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation) -> Tensor",

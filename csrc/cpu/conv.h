@@ -23,6 +23,8 @@ Tensor eval_chain(const Tensor& x, const MaybeTensor& residual, const std::vecto
                   const std::vector<Tensor>& packed, const std::vector<Tensor>& vectors, const Tensor& eps,
                   const std::vector<int64_t>& geometry, bool identity, bool projection, bool relu);
 
+Tensor head_fprop(const Tensor& x, const Tensor& w, const MaybeTensor& bias);
+
 // A weight and, where it is packed already, its panels; else these go to `scratch`, where that is large enough, or to
 // memory of their own.
 struct EvalWeight {

@@ -61,13 +61,12 @@ void conv_panels(const ConvPlan& plan, const ConvOperands<T>& operands, const Cu
           const T* const* inputs = table.inputs.data() + (t * taps + tap) * kConvPoints;
           if (p == panels.begin && t + 1 < tiles.count) {
             for (int64_t i = 0; i < run_taps * kConvPoints; ++i) {
-              conv_prefetch<0>(inputs[taps * kConvPoints + i] + channels.begin, channels.size());
+              conv_prefetch(inputs[taps * kConvPoints + i] + channels.begin, channels.size());
             }
           }
           if (is_last) {
             for (int64_t i = pixels.begin; i < pixels.end; ++i) {
-              conv_prefetch<1>(operands.y + table.outputs[i] + channel, width);
-              if (table.residual[i] != nullptr) conv_prefetch<0>(table.residual[i] + channel, width);
+              if (table.residual[i] != nullptr) conv_prefetch(table.residual[i] + channel, width);
             }
           }
           const ConvFinish<T> finish{&operands, table.outputs.data() + pixels.begin,

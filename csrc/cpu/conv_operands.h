@@ -46,6 +46,11 @@ struct ConvTable {
   void build(const ConvPlan& plan, const ConvOperands<T>& operands, int64_t index);
 };
 
+// Whether 0 <= index < size, in one comparison.
+inline bool is_within(int64_t index, int64_t size) {
+  return static_cast<uint64_t>(index) < static_cast<uint64_t>(size);
+}
+
 template <typename T>
 void ConvTable<T>::build(const ConvPlan& plan, const ConvOperands<T>& operands, int64_t index) {
   if (index == block) return;
@@ -56,35 +61,45 @@ void ConvTable<T>::build(const ConvPlan& plan, const ConvOperands<T>& operands, 
   const Cut tiles = Cut::at_most(pixels.size(), plan.tile.points);
   const int64_t taps = plan.gather.taps();
   inputs.resize(tiles.count * taps * plan.tile.points);
-  is_padding.assign(tiles.count * taps, true);
+  is_padding.resize(tiles.count * taps);
   outputs.resize(pixels.size());
   residual.assign(pixels.size(), nullptr);
   zeros.resize(sizes.depth);
+  const int64_t row_elements = sizes.in_w * sizes.in_pixel;
   int64_t col = pixels.begin % w.points, row = pixels.begin / w.points % h.points,
           image = pixels.begin / plan.gather.pixels(), at = 0;
+  struct Place {
+    int64_t row, col;
+    const T* x;  // the pixel there, which may be outside
+  };
+  std::vector<Place> places(plan.tile.points);
   for (int64_t tile = 0; tile < tiles.count; ++tile) {
-    for (int64_t i = 0; i < tiles[tile].size(); ++i, ++at) {
-      const T** to = inputs.data() + tile * taps * plan.tile.points + i;
-      int64_t tap = tile * taps;
-      const T* const x = operands.x + image * sizes.in_h * sizes.in_w * sizes.in_pixel;
-      for (const int64_t h_offset : h.offsets) {
-        const int64_t in_row = row * h.in_step + h_offset;
-        const bool row_is_inside = in_row >= 0 && in_row < sizes.in_h;
-        for (const int64_t w_offset : w.offsets) {
-          const int64_t in_col = col * w.in_step + w_offset;
-          const bool is_inside = row_is_inside && in_col >= 0 && in_col < sizes.in_w;
-          *to = is_inside ? x + (in_row * sizes.in_w + in_col) * sizes.in_pixel : zeros.data();
-          if (is_inside) is_padding[tap] = false;
-          to += plan.tile.points;
-          ++tap;
-        }
-      }
+    const int64_t count = tiles[tile].size();
+    for (int64_t i = 0; i < count; ++i, ++at) {
+      const int64_t in_row = row * h.in_step, in_col = col * w.in_step;
+      const int64_t pixel = (image * sizes.in_h + in_row) * sizes.in_w + in_col;
+      places[i] = {in_row, in_col, operands.x + pixel * sizes.in_pixel};
       const int64_t out_row = h.out_begin + row * h.out_step, out_col = w.out_begin + col * w.out_step;
       outputs[at] = ((image * sizes.out_h + out_row) * sizes.out_w + out_col) * sizes.K;
       residual[at] = operands.residual_of(sizes, image, out_row, out_col);
       if (++col == w.points) {
         col = 0;
         if (++row == h.points) row = 0, ++image;
+      }
+    }
+    int64_t tap = tile * taps;
+    for (const int64_t h_offset : h.offsets) {
+      for (const int64_t w_offset : w.offsets) {
+        const T** const to = inputs.data() + tap * plan.tile.points;
+        const int64_t offset = h_offset * row_elements + w_offset * sizes.in_pixel;
+        bool is_read = false;
+        for (int64_t i = 0; i < count; ++i) {
+          const bool is_inside =
+              is_within(places[i].row + h_offset, sizes.in_h) & is_within(places[i].col + w_offset, sizes.in_w);
+          to[i] = is_inside ? places[i].x + offset : zeros.data();
+          is_read |= is_inside;
+        }
+        is_padding[tap++] = !is_read;
       }
     }
   }

@@ -18,6 +18,16 @@ ConvTile conv_tile() {
   return {kConvPoints, kConvChannels<T>};
 }
 
+// function(pixel, channel of the tile, value) for every vector of a micro-tile, all in registers.
+template <typename T, int kPixels, typename Function>
+FUSEDRES_INLINE void for_each_of(Vec<T> (&acc)[kPixels][kConvVectors], const Function& function) {
+#pragma GCC unroll 12
+  for (int i = 0; i < kPixels; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kConvVectors; ++j) function(i, j * kLanes<T>, acc[i][j]);
+  }
+}
+
 // What becomes of the sums of a micro-tile: kept, to be added to, or written to y. With its channels from `channel` on.
 template <typename T>
 struct ConvFinish {
@@ -35,20 +45,35 @@ struct ConvFinish {
     if (residual[i] != nullptr) value += lanes.load(residual[i] + at);
     lanes.store(operands->y + outputs[i] + at, operands->relu ? relu(value) : value);
   }
+
+  // The same on the sums of a whole tile, which stay in registers: what to do is asked once, not at every vector.
+  template <int kPixels>
+  FUSEDRES_INLINE void operator()(Vec<T> (&acc)[kPixels][kConvVectors]) const {
+    if (operands->scale != nullptr) {
+      const T* const scale = operands->scale + channel;
+      for_each_of<T>(acc, [&](int, int64_t c, Vec<T>& value) { value *= load(scale + c); });
+    }
+    if (operands->bias != nullptr) {
+      const T* const bias = operands->bias + channel;
+      for_each_of<T>(acc, [&](int, int64_t c, Vec<T>& value) { value += load(bias + c); });
+    }
+    for_each_of<T>(acc, [&](int i, int64_t c, Vec<T>& value) {
+      if (residual[i] != nullptr) value += load(residual[i] + channel + c);
+    });
+    if (operands->relu) for_each_of<T>(acc, [&](int, int64_t, Vec<T>& value) { value = relu(value); });
+    T* const y = operands->y + channel;
+    for_each_of<T>(acc, [&](int i, int64_t c, Vec<T>& value) { store(y + outputs[i] + c, value); });
+  }
 };
 
 // sums (kPixels, kConvChannels) (+)= acc, which starts anew.
 template <typename T, int kPixels>
 FUSEDRES_INLINE void conv_keep(Vec<T> (&acc)[kPixels][kConvVectors], T* sums, bool is_first) {
-#pragma GCC unroll 12
-  for (int i = 0; i < kPixels; ++i) {
-#pragma GCC unroll 2
-    for (int j = 0; j < kConvVectors; ++j) {
-      T* to = sums + i * kConvChannels<T> + j * kLanes<T>;
-      store(to, is_first ? acc[i][j] : load(to) + acc[i][j]);
-      acc[i][j] = Vec<T>{};
-    }
-  }
+  for_each_of<T>(acc, [&](int i, int64_t c, Vec<T>& value) {
+    T* const to = sums + i * kConvChannels<T> + c;
+    store(to, is_first ? value : load(to) + value);
+    value = Vec<T>{};
+  });
 }
 
 // Weights that are wanted next. The caches of a CPU follow a panel, but not from one to the next, and where few pixels
@@ -123,14 +148,10 @@ void conv_micro_tile(const T* const* inputs, int64_t taps, int64_t channel, int6
     conv_keep<T, kPixels>(acc, sums, is_first);
     return;
   }
-#pragma GCC unroll 12
-  for (int i = 0; i < kPixels; ++i) {
-#pragma GCC unroll 2
-    for (int j = 0; j < kConvVectors; ++j) {
-      const int64_t c = j * kLanes<T>;
-      (*finish)(AllLanes{}, i, c, is_first ? acc[i][j] : load(sums + i * kConvChannels<T> + c) + acc[i][j]);
-    }
+  if (!is_first) {
+    for_each_of<T>(acc, [&](int i, int64_t c, Vec<T>& value) { value += load(sums + i * kConvChannels<T> + c); });
   }
+  (*finish)(acc);
 }
 
 template <typename T>
@@ -154,10 +175,10 @@ void conv_finish_sums(const ConvFinish<T>& finish, const T* sums, int64_t pixels
 }
 
 // Asks for the lines of `count` elements ahead of their use.
-template <int kWrite, typename T>
+template <typename T>
 FUSEDRES_INLINE void conv_prefetch(const T* from, int64_t count) {
   constexpr int64_t kLine = 64 / sizeof(T);
-  for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(from + i, kWrite);
+  for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(from + i);
 }
 
 }  // namespace fusedres::cpu::FUSEDRES_ISA

@@ -101,6 +101,15 @@ class CPUEngine(Engine):
             return _native_chain(chain, [(conv.bias, *[None] * 4) for conv in convs], [0.0] * len(convs), packed)
         return PackedChain(chain, x_shape)
 
+    def head_reason(self, w: Tensor) -> str | None:
+        reason = self.rejects("head_fprop", w.device.type, w.dtype)
+        if reason is None and not (_is_native(w, groups=1) and w.is_contiguous()):
+            return "its head takes contiguous weights of float32 or float64"
+        return reason
+
+    def head(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        return kernels.head_fprop(x, w, bias)
+
     @staticmethod
     def conv_fprop(
         x: Tensor,
