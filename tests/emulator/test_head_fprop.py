@@ -7,7 +7,7 @@ import math
 import emulated
 import pytest
 import torch
-from geometries import assert_close_as_eager, batch
+from geometries import assert_close_as_eager, batch, eager_head
 from torch import Tensor, nn
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -22,11 +22,6 @@ SIZES = [
 ]
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-def eager_head(c: int, f: int, dtype: torch.dtype, bias: bool = True) -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, f, bias)).to(dtype).eval()
 
 
 def run(head: nn.Sequential, x: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, dict[str, int]]:
