@@ -5,10 +5,13 @@
 
 namespace fusedres::emulator {
 
+[[noreturn, gnu::noinline]] inline void report_misaligned(size_t bytes) {
+  throw std::runtime_error("emulator: " + std::to_string(bytes) + " bytes at a misaligned address");
+}
+
 // As a GPU has it: an access of some bytes is to a multiple of them.
 inline void check_alignment(const void* at, size_t bytes) {
-  if (reinterpret_cast<uintptr_t>(at) % bytes == 0) return;
-  throw std::runtime_error("emulator: " + std::to_string(bytes) + " bytes at a misaligned address");
+  if (reinterpret_cast<uintptr_t>(at) % bytes != 0) report_misaligned(bytes);
 }
 
 // Where the bytes are that a kernel reads at `from`.

@@ -45,7 +45,8 @@ struct Clock {
 };
 
 // What the blocks of a launch leave for one another in global memory, and the counters by which they say so: a fence
-// before an atomic operation releases, a fence behind one or behind a read of the counter acquires.
+// before an atomic operation releases, a fence behind one, or behind a read of the counter, acquires. A block that
+// reads before the other one has written sees what was there: its result tells.
 class GridRacecheck {
  public:
   void release(const void* counter, uint64_t block, const Clock& fenced) {
@@ -65,11 +66,14 @@ class GridRacecheck {
     check(to, bytes, block, clock, "writes");
     const auto first = reinterpret_cast<uintptr_t>(to);
     for (size_t i = 0; i < bytes; ++i) writes_[first + i] = {block, thread, clock.threads[thread]};
+    first_ = std::min(first_, first);
+    last_ = std::max(last_, first + bytes);
   }
 
   void read(const void* from, size_t bytes, uint64_t block, const Clock& clock) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (!writes_.empty()) check(from, bytes, block, clock, "reads");
+    const auto first = reinterpret_cast<uintptr_t>(from);
+    if (first < last_ && first + bytes > first_) check(from, bytes, block, clock, "reads");
   }
 
  private:
@@ -99,6 +103,7 @@ class GridRacecheck {
   std::mutex mutex_;
   std::unordered_map<const void*, std::map<uint64_t, Times>> released_;
   std::unordered_map<uintptr_t, Write> writes_;
+  uintptr_t first_ = UINTPTR_MAX, last_ = 0;  // between them are all writes
 };
 
 // The shadow of a block's shared memory.
@@ -135,7 +140,7 @@ class Racecheck {
   }
 
   // Where the bytes are that a kernel reads at `from`, or writes at `to`.
-  const void* read(int thread, const void* from, size_t bytes) {
+  [[gnu::noinline]] const void* read(int thread, const void* from, size_t bytes) {
     if (!shared_.holds(from)) {
       grid_.read(from, bytes, block_, clocks_[thread]);
       return from;
@@ -150,7 +155,7 @@ class Racecheck {
     return contents(from);
   }
 
-  void* write(int thread, void* to, size_t bytes) {
+  [[gnu::noinline]] void* write(int thread, void* to, size_t bytes) {
     if (!shared_.holds(to)) return to;
     check_write(thread, to, bytes, stamp(thread));
     return contents(to);
@@ -209,8 +214,8 @@ class Racecheck {
   static constexpr uint32_t kNever = ~kThreadMask;  // the time of a copy on its way
   static constexpr size_t kGranule = 2;             // bytes: the smallest element that kernels have
 
-  // Of readers with no order between, two are kept, of different warps where they are: a barrier of the block orders
-  // all of them or none, __syncwarp those of a warp.
+  // Of readers with no order between, two are kept, of different warps where they are: enough where barriers order a
+  // whole block or, as __syncwarp, a warp.
   struct Cell {
     uint32_t write = kOutside;
     uint32_t reads[2] = {};

@@ -51,6 +51,7 @@ class SharedMemory {
 
   // The tile at `offset`, and whether it is a new one: every thread opens the same tiles in the same order.
   std::pair<void*, bool> tile(size_t offset, size_t bytes) {
+    if (offset + bytes > statics_) throw std::runtime_error("emulator: more than 32 tiles");
     const bool fresh = offset >= next_tile_;
     if (fresh) open(offset, bytes);
     if (fresh) next_tile_ = offset + bytes;

@@ -29,6 +29,11 @@ def options(order: str = "forward", seed: int = 0, **faults: Any) -> Any:
     return result
 
 
+def checked(dtype: torch.dtype) -> Any:
+    """How accuracy is tested: in float16 under the race detector; other dtypes touch the same bytes."""
+    return options(racecheck=dtype == torch.float16)
+
+
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 

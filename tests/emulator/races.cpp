@@ -91,6 +91,11 @@ const std::map<std::string, Case> kCases = {
          shared.load(lane_index());
        }
      }},
+    {"block_sum, twice",
+     [](const auto& shared) {
+       block_sum<kThreads>(1.0f, shared.data);
+       block_sum<kThreads>(1.0f, shared.data);
+     }},
     {"copy",
      [](const auto& shared) {
        copy_async(shared.at(4 * thread()), kSource + 4 * thread(), true);

@@ -9,7 +9,7 @@ import emulated
 import pytest
 from build_emulator import load
 
-IN_ORDER = ["barrier", "neighbours within four bytes", "syncwarp", "named barrier", "copy"]
+IN_ORDER = ["barrier", "neighbours within four bytes", "syncwarp", "named barrier", "block_sum, twice", "copy"]
 #: Cases of races.cpp, by what is said of them.
 ERRORS = {
     "no barrier between": [
