@@ -51,6 +51,12 @@ def eager_cifar_stem(c: int, k: int, dtype: torch.dtype) -> nn.Sequential:
     return shake(nn.Sequential(conv, nn.BatchNorm2d(k), nn.ReLU())).to(dtype).eval()
 
 
+def eager_head(c: int, f: int, dtype: torch.dtype, bias: bool = True) -> nn.Sequential:
+    """A ResNet's average pool and fully connected layer, ``c`` channels in and ``f`` outputs."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, f, bias)).to(dtype).eval()
+
+
 def assert_close_as_eager(ours: Tensor, eager: nn.Module, x: Tensor) -> None:
     """At most twice eager's root-mean-square error against float64, and NaN in the same places."""
     with torch.no_grad():
@@ -62,4 +68,13 @@ def assert_close_as_eager(ours: Tensor, eager: nn.Module, x: Tensor) -> None:
     assert ours_error <= 2 * their_error + floor, f"error {ours_error:.3g}, eager's {their_error:.3g}"
 
 
-__all__ = ["assert_close_as_eager", "batch", "eager_block", "eager_cifar_stem", "eager_stem", "fold", "folded"]
+__all__ = [
+    "assert_close_as_eager",
+    "batch",
+    "eager_block",
+    "eager_cifar_stem",
+    "eager_head",
+    "eager_stem",
+    "fold",
+    "folded",
+]

@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads, 1) basic_block_fprop_kernel(const Ba
   device::SharedArena arena;
   const int width = device::round_up(F, kColumns);
   const Ring<T, kHaloM> ring{arena.take<T>(Ring<T, kHaloM>::kSlots * Ring<T, kHaloM>::kSlot)};
-  const Tile<T> a1{arena.take<T>(Shape::kHalo * width), width};
+  const Tile<T> a1{arena.take<T>(Shape::kHalo * width), width, Shape::kHalo};
 
   const TilePosition at = tile_position<kTileP, kTileQ>(P, Q);
   const T* image = problem.x + at.n * H * W * C;
@@ -79,6 +79,7 @@ __global__ void __launch_bounds__(kThreads, 1) basic_block_fprop_kernel(const Ba
             load_weights(ring.weights(slot), problem.w1, F, 9 * C, n0, tap * C + c0, C - c0);
           },
           [&](int, int slot) { gemm_step<kHaloM>(acc, ring.activations(slot), rows, 0, 0, ring.weights(slot)); });
+      __syncthreads();  // the ring is free
       store_activations<HaloGrid, T>(acc, a1, n0, n0, {problem.bias1, F, true}, [&](int row) {
         return row >= Shape::kHalo ? -1 : on_map(row) ? 1 : 0;
       });
@@ -107,24 +108,24 @@ __global__ void __launch_bounds__(kThreads, 1) basic_block_fprop_kernel(const Ba
       [&](int step, int slot) {
         const int n0 = step / steps * kColumns, part = step % steps, depth = part - projection_steps;
         if (depth < 0) {
-          input.load(ring.activations(slot), image, C, part * kDepth);
+          input.load(ring.activations(slot, kOut), image, C, part * kDepth);
           load_weights(ring.weights(slot), problem.w_shortcut, F, C, n0, part * kDepth, C - part * kDepth);
         } else {
           const int c0 = depth % steps_a_tap * kDepth;
           load_weights(ring.weights(slot), problem.w2, F, 9 * F, n0, depth / steps_a_tap * F + c0, F - c0);
-          if (identity && part == steps - 1) input.load(ring.activations(slot), image, C, n0);
+          if (identity && part == steps - 1) input.load(ring.activations(slot, kOut), image, C, n0);
         }
       },
       [&](int step, int slot) {
         const int part = step % steps, depth = part - projection_steps;
         if (depth < 0) {
-          gemm_step<kOut>(acc, ring.activations(slot), rows, 0, 0, ring.weights(slot));
+          gemm_step<kOut>(acc, ring.activations(slot, kOut), rows, 0, 0, ring.weights(slot));
         } else {
           const int tap = depth / steps_a_tap, chunk = depth % steps_a_tap * (kDepth / device::kChunk);
           gemm_step<kOut>(acc, a1, halo_rows, tap / 3 * kHaloQ + tap % 3, chunk, ring.weights(slot));
         }
         if (part < steps - 1) return;
-        store_output<kOut>(acc, ring.activations(slot), identity, {problem.bias2, F, true}, output, y_image, F,
+        store_output<kOut>(acc, ring.activations(slot, kOut), identity, {problem.bias2, F, true}, output, y_image, F,
                            step / steps * kColumns);
         acc.clear();
       });

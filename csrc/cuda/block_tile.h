@@ -39,10 +39,10 @@ struct Ring {
   static_assert(kWeightSlots * kColumns * kDepth <= kSlots * kSlot);
   T* data;
 
-  FUSEDRES_DEVICE Tile<T> activations(int slot) const { return {data + slot * kSlot, kDepth}; }
-  FUSEDRES_DEVICE Tile<T> weights(int slot) const { return {data + slot * kSlot + kM * kDepth, kDepth}; }
+  FUSEDRES_DEVICE Tile<T> activations(int slot, int rows = kM) const { return {data + slot * kSlot, kDepth, rows}; }
+  FUSEDRES_DEVICE Tile<T> weights(int slot) const { return {data + slot * kSlot + kM * kDepth, kDepth, kColumns}; }
   // Where only weights stream, the ring holds more of them.
-  FUSEDRES_DEVICE Tile<T> weights_only(int slot) const { return {data + slot * kColumns * kDepth, kDepth}; }
+  FUSEDRES_DEVICE Tile<T> weights_only(int slot) const { return {data + slot * kColumns * kDepth, kDepth, kColumns}; }
 };
 
 // Rows [0, kRows) of a 64-wide tile, 16 bytes a copy. `source(i, chunk)` is where row thread / 8 + i * kRowsAtOnce has

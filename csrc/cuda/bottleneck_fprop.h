@@ -47,8 +47,8 @@ __global__ void __launch_bounds__(kThreads, 1) bottleneck_fprop_kernel(const Bot
   const int width = device::round_up(F, kColumns);
   const Ring<T, kHaloM> ring{arena.take<T>(Ring<T, kHaloM>::kSlots * Ring<T, kHaloM>::kSlot)};
   // conv2 reads every kStride-th row of a1: the swizzle follows.
-  const Tile<T, kStride - 1> a1{arena.take<T>(Shape::kHalo * width), width};
-  const Tile<T> a2{arena.take<T>(kOut * width), width};
+  const Tile<T, kStride - 1> a1{arena.take<T>(Shape::kHalo * width), width, Shape::kHalo};
+  const Tile<T> a2{arena.take<T>(kOut * width), width, kOut};
 
   const TilePosition at = tile_position<kTileP, kTileQ>(P, Q);
   const T* image = problem.x + at.n * H * W * C;
@@ -72,6 +72,7 @@ __global__ void __launch_bounds__(kThreads, 1) bottleneck_fprop_kernel(const Bot
           load_weights(ring.weights(slot), problem.w1, F, C, n0, step * kDepth, C - step * kDepth);
         },
         [&](int, int slot) { gemm_step<kHaloM>(acc, ring.activations(slot), rows, 0, 0, ring.weights(slot)); });
+    __syncthreads();  // the ring is free
     store_activations<HaloGrid, T>(acc, a1, n0, n0, {problem.bias1, F, true}, [&](int row) {
       return row >= Shape::kHalo ? -1 : halo_pixel(row) >= 0 ? 1 : 0;
     });
@@ -97,6 +98,7 @@ __global__ void __launch_bounds__(kThreads, 1) bottleneck_fprop_kernel(const Bot
             const int tap = step / steps_a_tap, chunk = step % steps_a_tap * (kDepth / device::kChunk);
             gemm_step<kOut>(acc, a1, rows, tap / 3 * kHaloQ + tap % 3, chunk, ring.weights_only(slot));
           });
+      __syncthreads();  // the ring is free
       store_activations<OutGrid, T>(acc, a2, n0, n0, {problem.bias2, F, true}, [](int) { return 1; });
     }
   }
@@ -122,22 +124,22 @@ __global__ void __launch_bounds__(kThreads, 1) bottleneck_fprop_kernel(const Bot
         [&](int step, int slot) {
           const int n0 = step / steps * kColumns, part = step % steps, depth = part - projection_steps;
           if (depth < 0) {
-            input.load(ring.activations(slot), image, C, part * kDepth);
+            input.load(ring.activations(slot, kOut), image, C, part * kDepth);
             load_weights(ring.weights(slot), problem.w_shortcut, K, C, n0, part * kDepth, C - part * kDepth);
           } else {
             load_weights(ring.weights(slot), problem.w3, K, F, n0, depth * kDepth, F - depth * kDepth);
-            if (identity && part == steps - 1) input.load(ring.activations(slot), image, C, n0);
+            if (identity && part == steps - 1) input.load(ring.activations(slot, kOut), image, C, n0);
           }
         },
         [&](int step, int slot) {
           const int part = step % steps, depth = part - projection_steps;
           if (depth < 0) {
-            gemm_step<kOut>(acc, ring.activations(slot), rows, 0, 0, ring.weights(slot));
+            gemm_step<kOut>(acc, ring.activations(slot, kOut), rows, 0, 0, ring.weights(slot));
           } else {
             gemm_step<kOut>(acc, a2, rows, 0, depth * (kDepth / device::kChunk), ring.weights(slot));
           }
           if (part < steps - 1) return;
-          store_output<kOut>(acc, ring.activations(slot), identity, {problem.bias3, K, true}, output, y_image, K,
+          store_output<kOut>(acc, ring.activations(slot, kOut), identity, {problem.bias3, K, true}, output, y_image, K,
                              step / steps * kColumns);
           acc.clear();
         });

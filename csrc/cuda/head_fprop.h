@@ -83,17 +83,18 @@ FUSEDRES_DEVICE void pool_share(const HeadProblem<T>& problem, float* sums, int 
         for (int k = 0; k < device::kChunk; ++k) sum[k] += device::to_float(loaded[j].value[k]);
       }
     }
-    float* mine = sums + i % 2 * kWarps * kPoolChannels;  // of two, so that one barrier an image is enough
+    // One of two, so that one barrier an image is enough.
+    const device::SharedArray<float> mine{sums + i % 2 * kWarps * kPoolChannels, kWarps * kPoolChannels};
     for (int k = 0; k < device::kChunk; k += 4) {
       const device::Vector<float> part{sum[k], sum[k + 1], sum[k + 2], sum[k + 3]};
-      device::store_vector(mine + warp * kPoolChannels + lane * device::kChunk + k, part);
+      device::store_vector(mine.at(warp * kPoolChannels + lane * device::kChunk + k), part);
     }
     __syncthreads();
     if (channel >= C) continue;
     float total = 0.0f;
     FUSEDRES_UNROLL
-    for (int w = 0; w < kWarps; ++w) total += mine[w * kPoolChannels + threadIdx.x];
-    problem.pooled[static_cast<int64_t>(image + i) * C + channel] = device::from_float<T>(total / S);
+    for (int w = 0; w < kWarps; ++w) total += mine.load(w * kPoolChannels + threadIdx.x);
+    device::publish(problem.pooled + static_cast<int64_t>(image + i) * C + channel, device::from_float<T>(total / S));
   }
 }
 
@@ -129,8 +130,8 @@ __global__ void __launch_bounds__(kThreads, 2) head_fprop_kernel(const HeadProbl
   const int tile = (ticket - plan.pool_blocks) / plan.output_tiles;
   const int n0 = tile * kImages, f0 = (ticket - plan.pool_blocks) % plan.output_tiles * kOutputs;
   const int images = N - n0 < kImages ? N - n0 : kImages;
-  const auto means = [&](int slot) { return Tile<T>{ring + slot * Shape::kSlot, kStep}; };
-  const auto weights = [&](int slot) { return Tile<T>{ring + slot * Shape::kSlot + kImages * kStep, kStep}; };
+  const auto means = [&](int slot) { return Tile<T>{ring + slot * Shape::kSlot, kStep, kImages}; };
+  const auto weights = [&](int slot) { return Tile<T>{ring + slot * Shape::kSlot + kImages * kStep, kStep, kOutputs}; };
   const auto load_weights = [&](int step, int slot) {
     load_head_rows<kOutputs, kStep>(weights(slot), problem.w, F, C, f0, step * kStep);
   };
@@ -156,10 +157,12 @@ __global__ void __launch_bounds__(kThreads, 2) head_fprop_kernel(const HeadProbl
             [&](int row, int chunk) { return weights(slot).chunk(row, warp * 2 + chunk); });
       });
 
+  __syncthreads();  // the ring is free
+  const device::SharedArray<float> parts{sums, kWarps * kImages * kOutputs};
   acc.for_each_pair([&](int row, int col, float first, float second) {
-    float* to = sums + (warp * kImages + row) * kOutputs + col;
-    to[0] = first;
-    to[1] = second;
+    const int to = (warp * kImages + row) * kOutputs + col;
+    parts.store(to, first);
+    parts.store(to + 1, second);
   });
   __syncthreads();
   for (int i = threadIdx.x; i < kImages * kOutputs; i += kThreads) {
@@ -167,7 +170,7 @@ __global__ void __launch_bounds__(kThreads, 2) head_fprop_kernel(const HeadProbl
     if (n >= N || f >= F) continue;
     float total = problem.bias ? device::to_float(problem.bias[f]) : 0.0f;
     FUSEDRES_UNROLL
-    for (int w = 0; w < kWarps; ++w) total += sums[w * kImages * kOutputs + i];
+    for (int w = 0; w < kWarps; ++w) total += parts.load(w * kImages * kOutputs + i);
     problem.y[static_cast<int64_t>(n) * F + f] = device::from_float<T>(total);
   }
 }

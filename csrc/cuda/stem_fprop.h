@@ -64,7 +64,8 @@ struct StemPixels {
 
 // Pixels [h0, h0 + kPatchH) x [w0, w0 + kPatchW) of an image, channels padded to 4; zeros outside.
 template <typename Shape, typename T>
-FUSEDRES_DEVICE void load_patch(T* patch, const T* image, int H, int W, int C, int h0, int w0) {
+FUSEDRES_DEVICE void load_patch(const device::SharedArray<T>& patch, const T* image, int H, int W, int C, int h0,
+                                int w0) {
   for (int i = threadIdx.x; i < Shape::kPatch; i += kThreads) {
     const int h = h0 + i / Shape::kPatchW, w = w0 + i % Shape::kPatchW;
     const bool inside = h >= 0 && h < H && w >= 0 && w < W;
@@ -72,8 +73,8 @@ FUSEDRES_DEVICE void load_patch(T* patch, const T* image, int H, int W, int C, i
     FUSEDRES_UNROLL
     for (int c = 0; c < 4; ++c) {
       const T value = inside && c < C ? pixel[c] : device::from_float<T>(0.0f);
-      patch[i * 4 + c] = value;
-      if (Shape::kCopies == 2 && i > 0) patch[Shape::kCopyStride + (i - 1) * 4 + c] = value;
+      patch.store(i * 4 + c, value);
+      if (Shape::kCopies == 2 && i > 0) patch.store(Shape::kCopyStride + (i - 1) * 4 + c, value);
     }
   }
 }
@@ -104,9 +105,10 @@ __global__ void __launch_bounds__(kThreads, 1) stem_fprop_kernel(const StemProbl
   constexpr int kWide = Shape::kWide, kTileP = Shape::kTileP, kTileQ = Shape::kTileQ, kRow = Shape::kRow;
   const int P = problem.P, Q = problem.Q, K = problem.K, U = problem.U, V = problem.V;
   device::SharedArena arena;
-  T* patch = arena.take<T>(Shape::kCopies * Shape::kCopyStride);
-  const Tile<T> weights{arena.take<T>(kWide * Shape::kWeightStride), Shape::kWeightStride};
-  const StemPixels<T, kWide> conv{{arena.take<T>(device::round_up(Shape::kConv * kWide, 64)), kColumns}};
+  constexpr int kPatch = Shape::kCopies * Shape::kCopyStride, kConvRows = device::ceil_div(Shape::kConv * kWide, 64);
+  const device::SharedArray<T> patch{arena.take<T>(kPatch), kPatch};
+  const Tile<T> weights{arena.take<T>(kWide * Shape::kWeightStride), Shape::kWeightStride, kWide};
+  const StemPixels<T, kWide> conv{{arena.take<T>(kConvRows * kColumns), kColumns, kConvRows}};
 
   const TilePosition at = tile_position<kTileP, kTileQ>(U, V);
   const T* image = problem.x + at.n * problem.H * problem.W * problem.C;
@@ -126,7 +128,6 @@ __global__ void __launch_bounds__(kThreads, 1) stem_fprop_kernel(const StemProbl
   }
 
   for (int n0 = 0; n0 < K; n0 += kWide) {
-    __syncthreads();  // the last channels' weights and conv pixels have been read
     for (int i = threadIdx.x; i < kWide * (Shape::kTaps / device::kChunk); i += kThreads) {
       const int row = i / (Shape::kTaps / device::kChunk), chunk = i % (Shape::kTaps / device::kChunk);
       const bool inside = n0 + row < K;
@@ -142,7 +143,7 @@ __global__ void __launch_bounds__(kThreads, 1) stem_fprop_kernel(const StemProbl
     acc.clear();
     for (int r = 0; r < Shape::kFilter; ++r) {
       device::multiply_tiles<T, kRow / 16>(
-          acc, [&](int m, int chunk) { return patch + first[m] + r * Shape::kPatchW * 4 + chunk * device::kChunk; },
+          acc, [&](int m, int chunk) { return patch.at(first[m] + r * Shape::kPatchW * 4 + chunk * device::kChunk); },
           [&](int row, int chunk) { return weights.chunk(Grid::column() + row, r * (kRow / device::kChunk) + chunk); },
           // The last tap, gemm_k 12 to 15 of 16, reads a pixel that is not the filter's: NaN there times 0 would be
           // NaN.

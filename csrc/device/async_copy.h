@@ -40,7 +40,7 @@ FUSEDRES_DEVICE void wait_copies() {
 
 // For each step in [0, steps): `load(step, slot)` issues its copies kStages - 1 steps ahead, `compute(step, slot)` uses
 // them. Slots are reused every kStages steps; one barrier a step both shows the new slot and frees the oldest.
-// Begins and ends with shared memory free for others: the last barrier comes after the last compute.
+// No barrier comes after the last compute: one is needed before its slot is written again.
 template <int kStages, typename Load, typename Compute>
 FUSEDRES_DEVICE void pipeline(int steps, const Load& load, const Compute& compute) {
   static_assert(kStages >= 2);
@@ -60,8 +60,6 @@ FUSEDRES_DEVICE void pipeline(int steps, const Load& load, const Compute& comput
     compute(step, slot);
     slot = slot + 1 == kStages ? 0 : slot + 1;
   }
-  wait_copies<0>();
-  __syncthreads();
 }
 
 }  // namespace fusedres::device

@@ -1,7 +1,7 @@
 // What the blocks of a grid tell one another, through counters in global memory that are zero before the launch.
 #pragma once
 
-#include "device/platform.h"
+#include "device/memory.h"
 #ifndef __CUDACC__
 #include "emulator/grid.h"
 #endif
@@ -12,9 +12,19 @@ namespace fusedres::device {
 // done, which of lower blockIdx nobody promises: they may be waited for.
 FUSEDRES_DEVICE unsigned take_ticket(unsigned* counter) {
   FUSEDRES_SHARED(unsigned, ticket);
-  if (threadIdx.x == 0) ticket = atomicAdd(counter, 1u);
+  if (threadIdx.x == 0) store_scalar(&ticket, atomicAdd(counter, 1u));
   __syncthreads();
-  return ticket;
+  return load_scalar(&ticket);
+}
+
+// Writes to global memory what other blocks read once this block has arrived.
+template <typename T>
+FUSEDRES_DEVICE void publish(T* to, T value) {
+#ifdef __CUDACC__
+  *to = value;
+#else
+  emulator::publish(to, value);
+#endif
 }
 
 // Raises `counter` by one: whoever sees it sees what this block's threads wrote before.

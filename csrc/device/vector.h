@@ -1,6 +1,7 @@
 // 16 bytes at a time between memory and registers.
 #pragma once
 
+#include "device/memory.h"
 #include "device/scalar.h"
 
 namespace fusedres::device {
@@ -15,12 +16,13 @@ struct alignas(16) Vector {
 // `from` and `to` are aligned to 16 bytes.
 template <typename T>
 FUSEDRES_DEVICE Vector<T> load_vector(const T* from) {
-  return *reinterpret_cast<const Vector<T>*>(__builtin_assume_aligned(from, 16));
+  return *static_cast<const Vector<T>*>(
+      __builtin_assume_aligned(readable(reinterpret_cast<const Vector<T>*>(from)), 16));
 }
 
 template <typename T>
 FUSEDRES_DEVICE void store_vector(T* to, const Vector<T>& vector) {
-  *reinterpret_cast<Vector<T>*>(__builtin_assume_aligned(to, 16)) = vector;
+  *static_cast<Vector<T>*>(__builtin_assume_aligned(writable(reinterpret_cast<Vector<T>*>(to)), 16)) = vector;
 }
 
 // kCount values of any alignment a T may have, `valid` of them in memory: the rest is `fill` and is not read.
@@ -32,7 +34,7 @@ FUSEDRES_DEVICE void load_floats(const T* from, int valid, float fill, float (&o
     for (int i = 0; i < kCount; ++i) out[i] = to_float(vector.value[i]);
   } else {
     FUSEDRES_UNROLL
-    for (int i = 0; i < kCount; ++i) out[i] = i < valid ? to_float(from[i]) : fill;
+    for (int i = 0; i < kCount; ++i) out[i] = i < valid ? to_float(load_scalar(from + i)) : fill;
   }
 }
 
@@ -47,7 +49,7 @@ FUSEDRES_DEVICE void store_floats(T* to, int valid, const float (&values)[kCount
   } else {
     FUSEDRES_UNROLL
     for (int i = 0; i < kCount; ++i) {
-      if (i < valid) to[i] = from_float<T>(values[i]);
+      if (i < valid) store_scalar(to + i, from_float<T>(values[i]));
     }
   }
 }

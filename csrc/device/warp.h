@@ -1,7 +1,7 @@
 // Shuffles, votes, named barriers, and the reductions over warps and blocks made of them.
 #pragma once
 
-#include "device/platform.h"
+#include "device/memory.h"
 #ifndef __CUDACC__
 #include "emulator/warp.h"
 #endif
@@ -85,11 +85,11 @@ FUSEDRES_DEVICE T warp_sum(T value) {
 template <int kThreads, typename T>
 FUSEDRES_DEVICE T block_sum(T value, T* scratch) {
   value = warp_sum(value);
-  if (lane_index() == 0) scratch[warp_index()] = value;
+  if (lane_index() == 0) store_scalar(scratch + warp_index(), value);
   __syncthreads();
-  T total = scratch[0];
+  T total = load_scalar(scratch);
   FUSEDRES_UNROLL
-  for (int i = 1; i < kThreads / kWarp; ++i) total = total + scratch[i];
+  for (int i = 1; i < kThreads / kWarp; ++i) total = total + load_scalar(scratch + i);
   __syncthreads();
   return total;
 }

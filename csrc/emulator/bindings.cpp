@@ -14,9 +14,10 @@ PYBIND11_MODULE(fusedres_emulator, module) {
       .def_readwrite("seed", &Options::seed)
       .def_readwrite("workers", &Options::workers)
       .def_readwrite("patience", &Options::patience)
-      .def_readwrite("drop_barrier", &Options::drop_barrier)
-      .def_readwrite("drop_wait", &Options::drop_wait)
-      .def_readwrite("swap_fragments", &Options::swap_fragments);
+      .def_readwrite("racecheck", &Options::racecheck)
+      .def_readwrite("drop", &Options::drop)
+      .def_readwrite("shift", &Options::shift)
+      .def_readwrite("swap_registers", &Options::swap_registers);
   bind_bottleneck(module);
   bind_basic_block(module);
   bind_stem(module);

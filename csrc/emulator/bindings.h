@@ -7,6 +7,7 @@
 #include <pybind11/stl.h>
 
 #include <string>
+#include <variant>
 
 #include "cuda/launch.h"
 #include "device/scalar.h"
@@ -15,7 +16,7 @@
 namespace fusedres::emulator {
 
 using Address = uintptr_t;
-using Totals = std::map<std::string, uint64_t>;
+using Totals = std::map<std::string, std::variant<uint64_t, std::map<Call, std::string>>>;
 
 template <typename T>
 T* at(Address address) {
@@ -29,7 +30,8 @@ inline Totals totals(const Counters& counters, uint64_t launches) {
           {"mma", counters.mma},
           {"ldmatrix", counters.ldmatrix},
           {"bank_conflicts", counters.bank_conflicts},
-          {"async_bytes", counters.async_bytes}};
+          {"async_bytes", counters.async_bytes},
+          {"calls", counters.calls}};
 }
 
 // Serves as the launcher of csrc/cuda.
@@ -42,8 +44,12 @@ struct Launcher {
   void operator()(const cuda::LaunchShape& shape, Kernel kernel, const Problem& problem) {
     const pybind11::gil_scoped_release released;
     ++launches;
-    launch({shape.grid}, {static_cast<unsigned>(shape.threads)}, shape.shared_bytes, options, counters,
-           [&] { kernel(problem); });
+    try {
+      launch({shape.grid}, {static_cast<unsigned>(shape.threads)}, shape.shared_bytes, options, counters,
+             [&] { kernel(problem); });
+    } catch (const std::runtime_error& error) {
+      throw std::runtime_error(pybind11::type_id<Problem>() + ": " + error.what());
+    }
   }
 };
 

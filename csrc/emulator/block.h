@@ -16,12 +16,13 @@
 
 #include "emulator/fiber.h"
 #include "emulator/options.h"
+#include "emulator/racecheck.h"
+#include "emulator/shared.h"
 
 namespace fusedres::emulator {
 
 constexpr int kWarpSize = 32;
 constexpr int kBarriers = 16;
-constexpr int kPoison = 0xFF;  // every byte of NaN in float16, bfloat16 and float32
 
 class Block;
 
@@ -66,31 +67,37 @@ struct NamedBarrier {
 
 class Block {
  public:
-  Block(Dim3 grid, Dim3 shape, size_t shared_bytes, const Options& options, Counters& counters)
-      : grid(grid), shape(shape), shared_bytes(shared_bytes), options(options), counters(counters) {
+  Block(Dim3 grid, Dim3 shape, size_t shared_bytes, const Options& options, Counters& counters, GridRacecheck& others)
+      : grid(grid),
+        shape(shape),
+        shared_bytes(shared_bytes),
+        options(options),
+        counters(counters),
+        shared_(shared_bytes) {
     const int count = static_cast<int>(shape.count());
     if (count < 1 || count > 1024) throw std::runtime_error("emulator: a block has 1 to 1024 threads");
     threads_ = std::vector<Thread>(count);
     stacks_ = std::vector<Stack>(count);
-    shared_.reset(static_cast<unsigned char*>(std::aligned_alloc(1024, (allocation() + 1023) / 1024 * 1024)));
+    if (options.racecheck) race_ = std::make_unique<Racecheck>(shared_, count, others);
   }
-
-  ~Block() { fence_shared(shared_.get(), allocation()); }  // the allocator's next user knows of no zones
 
   // Runs every thread of the block at `index` to its end.
   void run(Dim3 index, const std::function<void()>& kernel) {
     this->index = index;
     kernel_ = &kernel;
     error_ = nullptr;
-    random_.seed(options.seed * 0x9E3779B97F4A7C15u + (uint64_t{index.z} * grid.y + index.y) * grid.x + index.x);
-    fence_shared(shared_.get(), allocation());
-    std::memset(shared_.get(), kPoison, allocation());
-    statics_.clear();
+    const uint64_t number = (uint64_t{index.z} * grid.y + index.y) * grid.x + index.x;
+    random_.seed(options.seed * 0x9E3779B97F4A7C15u + number);
+    shared_.reset();
+    if (race_) race_->start(number);
     start_threads();
     schedule();
     if (error_) std::rethrow_exception(error_);
+    if (race_) race_->finish();
     counters.barriers += threads_[0].barriers;
     counters.waits += threads_[0].waits;
+    const std::lock_guard<std::mutex> lock(counters.mutex);
+    counters.calls.insert(calls_.begin(), calls_.end());
   }
 
   void wait(const char* reason) {
@@ -105,9 +112,10 @@ class Block {
   // bar.sync: blocks until `expected` threads have come; bar.arrive does not block.
   void barrier(int id, int expected, bool blocks, const char* reason) {
     NamedBarrier& barrier = barriers_[id];
+    if (race_) race_->arrive(current->linear, id);
     if (blocks) barrier.waiting.push_back(current);
     if (++barrier.arrived >= expected) {
-      release(barrier);
+      release(id);
       if (blocks) return;
     }
     if (blocks) {
@@ -116,8 +124,21 @@ class Block {
     }
   }
 
-  void block_barrier() {
-    if (current->barriers++ == options.drop_barrier) return;
+  // Whether the call of a barrier, a wait or a fence that returns to `call` takes place.
+  bool takes(const char* what, Call call) {
+    if (race_) calls_.emplace(call, what);
+    return call != options.drop;
+  }
+
+  // What the fault "shift" adds to an index.
+  int shifts(Call call) {
+    calls_.emplace(call, "view");
+    return call == options.shift;
+  }
+
+  [[gnu::noinline]] void block_barrier() {
+    if (!takes("barrier", reinterpret_cast<Call>(__builtin_return_address(0)))) return;
+    ++current->barriers;
     barrier(0, live_, true, "__syncthreads");
   }
 
@@ -149,29 +170,15 @@ class Block {
     warp.ready |= mask;
   }
 
-  // The block's copy of a __shared__ variable, known by the address of a tag.
-  void* static_shared(const void* tag, size_t bytes) {
-    auto& memory = statics_[tag];
-    if (!memory) {
-      memory.reset(new unsigned char[bytes]);
-      std::memset(memory.get(), kPoison, bytes);
-    }
-    return memory.get();
+  // __syncwarp orders what the lanes of `mask` do.
+  void sync_lanes(uint32_t mask) {
+    if (race_) race_->sync_lanes(current->warp * kWarpSize, mask);
   }
 
-  // Between two tiles of dynamic shared memory lies a zone that only the emulator has and nobody may touch.
-  static constexpr size_t kRedzone = 128, kMostTiles = 32;
-  unsigned char* shared() const { return shared_.get(); }
-  static void fence_shared([[maybe_unused]] void* zone, [[maybe_unused]] size_t bytes,
-                           [[maybe_unused]] bool on = false) {
-#ifdef __SANITIZE_ADDRESS__
-    if (on) {
-      __asan_poison_memory_region(zone, bytes);
-    } else {
-      __asan_unpoison_memory_region(zone, bytes);
-    }
-#endif
-  }
+  Racecheck* race() const { return race_.get(); }
+
+  void* tile(size_t offset, size_t bytes) { return opened(shared_.tile(offset, bytes), bytes); }
+  void* variable(const void* tag, size_t bytes) { return opened(shared_.variable(tag, bytes), bytes); }
 
   Dim3 grid, shape, index;
   const size_t shared_bytes;
@@ -179,7 +186,10 @@ class Block {
   Counters& counters;
 
  private:
-  size_t allocation() const { return shared_bytes + kRedzone * kMostTiles; }
+  void* opened(std::pair<void*, bool> part, size_t bytes) {
+    if (race_ && part.second) race_->open(part.first, bytes);
+    return part.first;
+  }
 
   void start_threads() {
     const int count = static_cast<int>(threads_.size());
@@ -219,14 +229,18 @@ class Block {
     warps_[thread.warp].live &= ~(1u << thread.lane);
     sleep();
     --live_;
-    if (barriers_[0].arrived > 0 && barriers_[0].arrived >= live_) release(barriers_[0]);
+    if (barriers_[0].arrived > 0 && barriers_[0].arrived >= live_) release(0);
   }
 
   void sleep() { warps_[current->warp].ready &= ~(1u << current->lane); }
 
-  void release(NamedBarrier& barrier) {
-    for (Thread* thread : barrier.waiting) wake(*thread);
-    barrier = {};
+  void release(int id) {
+    for (Thread* thread : barriers_[id].waiting) {
+      wake(*thread);
+      if (race_) race_->leave(thread->linear, id);
+    }
+    barriers_[id] = {};
+    if (race_) race_->clear(id);
   }
 
   void schedule() {
@@ -273,15 +287,13 @@ class Block {
     error_ = std::make_exception_ptr(std::runtime_error(message.str()));
   }
 
-  struct Free {
-    void operator()(unsigned char* memory) const { std::free(memory); }
-  };
   std::vector<Thread> threads_;
   std::vector<Stack> stacks_;
   std::vector<Warp> warps_;
   NamedBarrier barriers_[kBarriers];
-  std::unique_ptr<unsigned char, Free> shared_;
-  std::unordered_map<const void*, std::unique_ptr<unsigned char[]>> statics_;
+  SharedMemory shared_;
+  std::unique_ptr<Racecheck> race_;
+  std::map<Call, const char*> calls_;
   const std::function<void()>* kernel_ = nullptr;
   std::exception_ptr error_;
   std::mt19937_64 random_;

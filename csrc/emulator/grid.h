@@ -16,6 +16,14 @@ inline void spin_until(const unsigned* counter, unsigned count) {
     if (Clock::now() > give_up) throw std::runtime_error("emulator: a block waits for one that never comes");
     std::this_thread::yield();
   }
+  if (Racecheck* race = current->block->race()) race->observe(current->linear, counter);
+}
+
+// Writes what other blocks read once this one has arrived.
+template <typename T>
+void publish(T* to, T value) {
+  *to = value;
+  if (Racecheck* race = current->block->race()) race->publish(current->linear, to, sizeof(T));
 }
 
 }  // namespace fusedres::emulator

@@ -18,9 +18,10 @@ inline void launch(Dim3 grid, Dim3 shape, size_t shared_bytes, const Options& op
   std::atomic<uint64_t> next{0};
   std::exception_ptr error;
   std::mutex mutex;
+  GridRacecheck grid_racecheck;
   const auto work = [&] {
     try {
-      Block block(grid, shape, shared_bytes, options, counters);
+      Block block(grid, shape, shared_bytes, options, counters, grid_racecheck);
       for (uint64_t i = next++; i < blocks; i = next++) {
         // Blocks have no order either.
         const uint64_t at = options.order == Order::reverse ? blocks - 1 - i : i;

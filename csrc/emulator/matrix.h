@@ -6,7 +6,7 @@
 #include <cstring>
 #include <utility>
 
-#include "emulator/block.h"
+#include "emulator/memory.h"
 
 namespace fusedres::emulator {
 
@@ -29,8 +29,7 @@ void ldmatrix(uint32_t (&out)[kCount], const void* row, bool transposed) {
   struct Slot {
     const void* row;
     uint32_t* out;
-  } slot{row, out};
-  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) throw std::runtime_error("emulator: ldmatrix of a misaligned row");
+  } slot{readable(row, 16), out};
   current->block->meet(~0u, transposed ? "ldmatrix.trans" : "ldmatrix", &slot, [transposed](void** slots) {
     Counters& counters = current->block->counters;
     for (int j = 0; j < kCount; ++j) {
@@ -60,20 +59,21 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
     const uint32_t *a, *b;
   } slot{d, a, b};
   current->block->meet(~0u, "mma", &slot, [&decode](void** slots) {
-    const bool swapped = current->block->options.swap_fragments;
+    const auto [first, second] = current->block->options.swap_registers;
+    int at[10];  // registers of A, B and D
+    for (int i = 0; i < 10; ++i) at[i] = i == first ? second : i == second ? first : i;
     float A[16][16], B[16][8], D[16][8];
     for (int lane = 0; lane < kWarpSize; ++lane) {
       const Slot& s = *static_cast<Slot*>(slots[lane]);
       const int group = lane / 4, in_group = lane % 4;
       for (int i = 0; i < 8; ++i) {
-        int reg = i / 2;
-        if (swapped && (reg == 1 || reg == 2)) reg = 3 - reg;
         const int row = group + (i / 2 % 2) * 8, col = in_group * 2 + i % 2 + (i / 4) * 8;
-        A[row][col] = decode(static_cast<uint16_t>(s.a[reg] >> (i % 2 * 16)));
+        A[row][col] = decode(static_cast<uint16_t>(s.a[at[i / 2]] >> (i % 2 * 16)));
       }
       for (int i = 0; i < 4; ++i) {
-        B[in_group * 2 + i % 2 + (i / 2) * 8][group] = decode(static_cast<uint16_t>(s.b[i / 2] >> (i % 2 * 16)));
-        D[group + (i / 2) * 8][in_group * 2 + i % 2] = s.d[i];
+        B[in_group * 2 + i % 2 + (i / 2) * 8][group] =
+            decode(static_cast<uint16_t>(s.b[at[4 + i / 2] - 4] >> (i % 2 * 16)));
+        D[group + (i / 2) * 8][in_group * 2 + i % 2] = s.d[at[6 + i] - 6];
       }
     }
     for (int m = 0; m < 16; ++m) {
@@ -83,7 +83,7 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
     }
     for (int lane = 0; lane < kWarpSize; ++lane) {
       const Slot& s = *static_cast<Slot*>(slots[lane]);
-      for (int i = 0; i < 4; ++i) s.d[i] = D[lane / 4 + (i / 2) * 8][lane % 4 * 2 + i % 2];
+      for (int i = 0; i < 4; ++i) s.d[at[6 + i] - 6] = D[lane / 4 + (i / 2) * 8][lane % 4 * 2 + i % 2];
     }
     current->block->counters.mma += 1;
   });

@@ -3,6 +3,10 @@
 
 #include <atomic>
 #include <cstdint>
+#include <map>
+#include <mutex>
+#include <string>
+#include <utility>
 
 namespace fusedres::emulator {
 
@@ -14,16 +18,20 @@ struct Dim3 {
 // forward, reverse: the first (last) warp that can run does, up to its next block barrier. seeded: any, a bit each.
 enum class Order { forward, reverse, seeded };
 
+// A call in the machine code, by the address it returns to: a function that is inlined twice makes two.
+using Call = uintptr_t;
+
 struct Options {
   Order order = Order::forward;
   uint64_t seed = 0;
   int workers = 1;         // blocks that run at once
   double patience = 60.0;  // seconds that a block waits for another before it is an error
+  bool racecheck = false;  // every access is checked by emulator/racecheck.h, calls are listed in Counters
 
-  // Faults, planted in every thread alike; -1: none. The n-th call of a thread is left out, as if the source lacked it.
-  int64_t drop_barrier = -1;
-  int64_t drop_wait = -1;
-  bool swap_fragments = false;  // mma.sync gets its A registers 1 and 2 exchanged
+  // Faults, planted in every thread alike.
+  Call drop = 0;                             // this barrier, wait or fence is left out, as if the source lacked it
+  Call shift = 0;                            // this access to a view is one row or element further on (with racecheck)
+  std::pair<int, int> swap_registers{0, 0};  // mma.sync gets these exchanged: 0-3 of A, 4-5 of B, 6-9 of D
 };
 
 // Totals over a launch.
@@ -33,6 +41,9 @@ struct Counters {
   std::atomic<uint64_t> ldmatrix{0};            // 8x8 matrices, per warp
   std::atomic<uint64_t> bank_conflicts{0};      // shared-memory passes of ldmatrix beyond one an 8x8 matrix
   std::atomic<uint64_t> async_bytes{0};         // read from global memory by cp.async
+
+  std::mutex mutex;
+  std::map<Call, std::string> calls;  // "barrier", "wait", "fence" or "view", where there is a racecheck
 };
 
 }  // namespace fusedres::emulator

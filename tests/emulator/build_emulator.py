@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -57,23 +58,29 @@ def _run(command: list[str]) -> None:
 
 
 def build(name: str) -> Path:
-    """The path of module ``name``, built if it is not there."""
+    """The path of module ``name``, built if it is not there; another process that builds it is waited for."""
     sources = sorted(MODULES[name].glob("*.cpp"))
     folder = _folder(sources)
     library = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if library.exists():
-        return library
     folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            _compile(name, sources, library)
+    return library
+
+
+def _compile(name: str, sources: list[Path], library: Path) -> None:
+    folder = library.parent
     objects = [folder / f"{name}.{source.stem}.{os.getpid()}.o" for source in sources]
     commands = [[COMPILER, *_flags(), "-c", str(s), "-o", str(o)] for s, o in zip(sources, objects, strict=True)]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         list(pool.map(_run, commands))
     partial = folder / f"{name}.{os.getpid()}.so"
     _run([COMPILER, *_flags(), "-shared", *map(str, objects), "-o", str(partial)])
-    partial.replace(library)  # another process may be building the same
+    partial.replace(library)
     for path in objects:
         path.unlink()
-    return library
 
 
 @functools.cache

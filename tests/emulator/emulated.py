@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 import torch
-from build_emulator import load
+from build_emulator import load, sanitized
 from torch import Tensor
 
 CL = torch.channels_last
@@ -27,6 +27,14 @@ def options(order: str = "forward", seed: int = 0, **faults: Any) -> Any:
     for name, value in faults.items():
         setattr(result, name, value)
     return result
+
+
+def checked(dtype: torch.dtype) -> Any:
+    """How accuracy is tested: in float16 under the race detector; other dtypes touch the same bytes.
+
+    AddressSanitizer watches the shared memory that kernels see, which the race detector leaves alone: one or the other.
+    """
+    return options(racecheck=dtype == torch.float16 and not sanitized())
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -57,7 +65,7 @@ def bottleneck_fprop(
     run: Any = None,
     tile: int = -1,
     shared_limit: int = SHARED_LIMIT,
-) -> tuple[Tensor, dict[str, int]]:
+) -> tuple[Tensor, dict[str, Any]]:
     """``y`` and the totals of the launch. ``convs``: (w, bias) of conv1, conv2, conv3."""
     (w1, b1), (w2, b2), (w3, b3) = convs
     (n, c, h, w), f, k, dtype, f32 = x.shape, w1.shape[0], w3.shape[0], x.dtype, torch.float32
@@ -77,7 +85,7 @@ def bottleneck_fprop(
     return y, call(name_of(dtype), tensors, sizes, stride, shared_limit, tile, run or options())
 
 
-def stem_fprop(x: Tensor, w: Tensor, bias: Tensor, run: Any = None) -> tuple[Tensor, dict[str, int]]:
+def stem_fprop(x: Tensor, w: Tensor, bias: Tensor, run: Any = None) -> tuple[Tensor, dict[str, Any]]:
     """``y`` and the totals of the launch. ``w`` (K, 4, R, R + 1) as ``block_kernels.stem_weight`` pads it."""
     (n, c, h, w_), (k, _, r, _), dtype = x.shape, w.shape, x.dtype
     p, q = ((h - 1) // 2 + 1, (w_ - 1) // 2 + 1) if r == 7 else (h, w_)
@@ -95,7 +103,7 @@ def stem_fprop(x: Tensor, w: Tensor, bias: Tensor, run: Any = None) -> tuple[Ten
 
 def head_fprop(
     x: Tensor, w: Tensor, bias: Tensor | None, run: Any = None, tickets: int = 0
-) -> tuple[Tensor, dict[str, int]]:
+) -> tuple[Tensor, dict[str, Any]]:
     """``y`` and the totals of the launch. ``tickets``: how many blocks are said to have begun before the first."""
     (n, c, h, width), f, dtype = x.shape, w.shape[0], x.dtype
     module = load("fusedres_emulator")
@@ -121,7 +129,7 @@ def basic_block_fprop(
     run: Any = None,
     tile: int = -1,
     shared_limit: int = SHARED_LIMIT,
-) -> tuple[Tensor, dict[str, int]]:
+) -> tuple[Tensor, dict[str, Any]]:
     """``y`` and the totals of the launch. ``convs``: (w, bias) of conv1, conv2."""
     (w1, b1), (w2, b2) = convs
     (n, c, h, w), f, dtype, f32 = x.shape, w1.shape[0], x.dtype, torch.float32

@@ -1,5 +1,6 @@
 // Small kernels that put the emulator itself to the test, some with a fault on purpose.
-#include <pybind11/pybind11.h>
+#include "probes.h"
+
 #include <pybind11/stl.h>
 
 #include "device/async_copy.h"
@@ -13,22 +14,12 @@ using namespace fusedres::device;
 
 namespace {
 
-emulator::Options options(const std::string& order, uint64_t seed) {
-  emulator::Options result;
-  result.order = order == "reverse"  ? emulator::Order::reverse
-                 : order == "seeded" ? emulator::Order::seeded
-                                     : emulator::Order::forward;
-  result.seed = seed;
-  return result;
-}
+using probes::options;
 
-// Runs kernel() in `threads` threads of `blocks` blocks.
 template <typename Kernel>
 void run(unsigned blocks, unsigned threads, size_t shared, const std::string& order, uint64_t seed,
          const Kernel& kernel) {
-  emulator::Counters counters;
-  const emulator::Options chosen = options(order, seed);
-  emulator::launch({blocks}, {threads}, shared, chosen, counters, kernel);
+  probes::run(blocks, threads, shared, options(order, seed), kernel);
 }
 
 using Words = std::vector<uint32_t>;
@@ -285,4 +276,5 @@ PYBIND11_MODULE(emulator_probes, module) {
   module.def("warp_moments", &warp_moments);
   module.def("round_to", &round_to);
   module.def("all_values", &all_values);
+  probes::bind_races(module);
 }

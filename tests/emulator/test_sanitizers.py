@@ -19,6 +19,7 @@ pytestmark = pytest.mark.skipif(sanitized(), reason="starts the sanitized proces
 #: Tests that a sanitized process repeats: every kernel, ragged in every dimension, and the emulator's own.
 SUITE = (
     "test_emulator.py and (warps_exchange or named_barriers or fragments)"
+    " or test_racecheck.py and (forward or read_around)"
     " or test_bottleneck_fprop.py and (empty or ragged and not bfloat16 and (72 or 136 or 352) and (9 or 13))"
     " or test_basic_block_fprop.py and ragged and not bfloat16 and (24 or 136) and 13"
     " or test_stem_fprop.py and accurate and not bfloat16 and (33 or 136 or 45)"
