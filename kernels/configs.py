@@ -24,8 +24,8 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
     group_m: int = 8  # tiles of gemm_m that share a column of gemm_n before the next: L2 reuse
-    descriptors: bool = False  # where ``conv_descriptor.serves`` a call; elsewhere this and what follows says nothing
-    programs: int = 0  # for each multiprocessor, taking tiles in turn (persistent); 0 is one for each tile
+    descriptors: bool = False  # tensor descriptors where ``conv_descriptor.serves`` a call, else pointers as ever
+    programs: int = 0  # with descriptors: for each multiprocessor, taking tiles in turn (persistent); 0: one a tile
 
     def __str__(self) -> str:
         size = f"{self.block_m}x{self.block_n}x{self.block_k}, {self.num_warps} warps, {self.num_stages} stages"
@@ -53,11 +53,11 @@ class Machine(NamedTuple):
     wgrad: Table
     programs: int  # wgrad splits its sum over pixels until there are as many
     descriptors: tuple[Tile, ...] = ()  # candidates, for half dtypes; none where the hardware has no such copies
-    #: Triton has wgmma read a box of a map from shared memory only as its second operand, so the weight goes first.
-    swaps_boxes: bool = False
+    swaps_boxes: bool = False  # Triton has wgmma read boxes from shared memory as second operand only: weights first
 
 
 def _described(tile: Tile, *programs: int) -> tuple[Tile, ...]:
+    """``tile`` with descriptors, for each number of programs."""
     return tuple(tile._replace(descriptors=True, programs=count) for count in programs)
 
 

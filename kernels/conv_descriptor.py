@@ -150,12 +150,12 @@ def box(n: int, p: int, q: int, block_m: int) -> tuple[int, int, int]:
     """(images, rows, columns) whose product is ``block_m``, a power of two each: such that the fewest cover n*p*q
     pixels; of those the widest, for its pixels lie together in memory."""
     powers = [1 << i for i in range(block_m.bit_length())]
-    boxes = [(a, b, block_m // (a * b)) for a in powers for b in powers if a * b <= block_m]
-    return min(boxes, key=lambda box: (_count(n, p, q, box), -box[2], -box[1]))
+    sizes = [(a, b, block_m // (a * b)) for a in powers for b in powers if a * b <= block_m]
+    return min(sizes, key=lambda size: (_count(n, p, q, size), -size[2], -size[1]))
 
 
-def _count(n: int, p: int, q: int, box: tuple[int, int, int]) -> int:
-    return cdiv(n, box[0]) * cdiv(p, box[1]) * cdiv(q, box[2])
+def _count(n: int, p: int, q: int, size: tuple[int, int, int]) -> int:
+    return cdiv(n, size[0]) * cdiv(p, size[1]) * cdiv(q, size[2])
 
 
 def convolve(
@@ -180,7 +180,7 @@ def convolve(
     (n, h, v), (out_h, out_w) = (x.shape[0], *x.shape[2:]), y.shape[2:]
     if is_plain_gemm((p.R, p.S), p.stride, p.padding, p.groups):  # one line of pixels
         n, h, v, out_h, out_w = 1, 1, p.gemm_m, 1, p.gemm_m
-    box_n, box_h, box_w = pixels = box(n, out_h, out_w, tile.block_m)
+    pixels = box(n, out_h, out_w, tile.block_m)
     tiles_m, tiles_n = _count(n, out_h, out_w, pixels), cdiv(k, tile.block_n)
     parts = x.new_empty((tiles_m if genstats else 0, STAT_ROWS, k), dtype=torch.float32)
     outputs = Boxes.of((n, out_h, out_w, k), (*pixels, tile.block_n))
@@ -204,8 +204,8 @@ def convolve(
             n,
             out_h,
             out_w,
-            cdiv(out_h, box_h),
-            cdiv(out_w, box_w),
+            cdiv(out_h, pixels[1]),
+            cdiv(out_w, pixels[2]),
             tiles_m,
             tiles_n,
             boxes={
@@ -227,9 +227,9 @@ def convolve(
             GENSTATS=genstats,
             PERSISTENT=tile.programs > 0,
             SWAPPED=swapped,
-            BOX_N=box_n,
-            BOX_H=box_h,
-            BOX_W=box_w,
+            BOX_N=pixels[0],
+            BOX_H=pixels[1],
+            BOX_W=pixels[2],
             **tile_constants(tile),
         )
     return y, parts
