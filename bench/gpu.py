@@ -197,6 +197,13 @@ def stages(models: dict[str, nn.Module], args: argparse.Namespace) -> Iterator[d
         yield from compiled(args, torch.float16)
 
 
+def folder(root: Path) -> Path:
+    """Where results of this GPU lie."""
+    path = root / re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 def main() -> int:
     args = parse()
     if not torch.cuda.is_available():
@@ -215,9 +222,7 @@ def main() -> int:
         "clock": "time.perf_counter around torch.accelerator.synchronize",
         "engines": {name: dispatch.choose("conv_fprop", "cuda", dtype).engine.name for name, dtype in DTYPES.items()},
     }
-    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-    path = args.out / name / f"{args.arch}-batch{args.batch}{'-chained' * args.chained}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = folder(args.out) / f"{args.arch}-batch{args.batch}{'-chained' * args.chained}.json"
     for found in stages(models, args):  # what was measured is kept if a later stage fails
         facts |= found
         path.write_text(json.dumps(facts, indent=1) + "\n")

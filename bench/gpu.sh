@@ -29,4 +29,6 @@ else
 fi
 step "networks"
 "$PYTHON" bench/gpu.py "$@"
+step "tiles: pointers, tensor descriptors, persistent programs"
+"$PYTHON" bench/tiles.py --forms conv_fprop:eval+residual "conv_dgrad:plain residual" --seconds 240
 step "done"

@@ -23,8 +23,9 @@ import triton
 from torch import Tensor, nn
 
 import fusedres
-from fusedres.kernels import configs
-from fusedres.kernels.aot import Build, Operands, Plan, build_of, plans
+from fusedres.kernels import configs, conv_descriptor
+from fusedres.kernels.aot import Build, Operands, Plan, build_of, fprop_calls, plans
+from fusedres.kernels.conv_fprop import conv_fprop
 from fusedres.kernels.conv_projection import conv_projection
 from fusedres.kernels.cubin import MULTIPROCESSORS, Usage, usage
 from fusedres.kernels.launch import Launch, recording
@@ -87,7 +88,7 @@ def row(plan: Plan, machine: str, found: Usage, count: int) -> str:
     p = plan.problem
     kernel, stride = f"{p.R}x{p.S}", "" if p.stride == (1, 1) else f" /{p.stride[0]}"
     head = f"{p.C} -> {p.K}, {kernel}{stride}, {p.H}x{p.W}", count, plan.op.removeprefix("conv_")
-    return line(head, plan.launches[0], machine, found, p.flops / bytes_moved(plan))
+    return line(head, plan.launches[0], machine, found, f"{p.flops / bytes_moved(plan):.0f}")
 
 
 def projection_row(last: ConvProblem, source: ConvProblem, machine: str) -> str:
@@ -100,10 +101,10 @@ def projection_row(last: ConvProblem, source: ConvProblem, machine: str) -> str:
     moved = DTYPE.itemsize * (pixels * (channels + last.K) + channels * last.K)
     head = f"{last.C} + {source.C} -> {last.K}, 1x1, {last.P}x{last.Q}", 1, "projection"
     found = usage(build_of(launches[0]), machine)
-    return line(head, launches[0], machine, found, (last.flops + source.flops) / moved)
+    return line(head, launches[0], machine, found, f"{(last.flops + source.flops) / moved:.0f}")
 
 
-def line(head: tuple[object, ...], launch: Launch, machine: str, found: Usage, flops_per_byte: float) -> str:
+def line(head: tuple[object, ...], launch: Launch, machine: str, found: Usage, *tail: object) -> str:
     resident, blocks = found.blocks_per_multiprocessor(machine), math.prod(launch.grid)
     cells = (
         *head,
@@ -112,9 +113,43 @@ def line(head: tuple[object, ...], launch: Launch, machine: str, found: Usage, f
         resident,
         blocks,
         f"{blocks / (resident * MULTIPROCESSORS[machine].count):.1f}",
-        f"{flops_per_byte:.0f}",
+        *tail,
     )
     return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def described_rows(machine: str, problems: dict[ConvProblem, int]) -> Iterator[str]:
+    """Of each conv in eval that descriptors serve, its widest tile of 128 pixels: a program a tile, and persistent."""
+    for problem, count in problems.items():
+        operands = Operands(problem, DTYPE)
+        args = dict(fprop_calls(operands))["eval+residual" if problem.R == 1 else "eval"]
+        with configs.planning(machine):
+            offered = [t for t in conv_descriptor.candidates("conv_fprop", problem, args) if t.block_m == 128]
+        widest = max((t.block_n for t in offered if t.programs), default=0)
+        for tile in (t for t in offered if t.block_n == widest):
+            with configs.planning(machine), configs.trying(tile), recording() as launches:
+                conv_fprop(*args)
+            launch = launches[0]
+            used = problem.gemm_m / (
+                launch.constants["BLOCK_M"] * launch.args[launch.kernel.arg_names.index("tiles_m")]
+            )
+            box = "x".join(str(launch.constants[f"BOX_{axis}"]) for axis in "NHW")
+            head = f"{problem.C} -> {problem.K}, {problem.R}x{problem.S}, {problem.H}x{problem.W}", count, tile, box
+            yield line((*head, f"{100 * used:.0f}"), launch, machine, usage(build_of(launch), machine))
+
+
+def described_table(machine: str, problems: dict[ConvProblem, int]) -> list[str]:
+    rows = list(described_rows(machine, problems))
+    if not rows:
+        return []
+    return [
+        f"### {machine}, fprop through tensor descriptors",
+        "",
+        "| problem | times | tile | box | pixels used % | registers | shared KiB | blocks/SM | blocks | waves |",
+        "| --- | --: | --- | --- | --: | --: | --: | --: | --: | --: |",
+        *rows,
+        "",
+    ]
 
 
 def table(machine: str, problems: dict[ConvProblem, int]) -> list[str]:
@@ -133,7 +168,7 @@ def table(machine: str, problems: dict[ConvProblem, int]) -> list[str]:
                 build: Build = plan.build
                 lines.append(row(plan, machine, compiled(build), count))
     lines += [projection_row(last, source, machine) for last, source in resnet50_projections()]
-    return [*lines, ""]
+    return [*lines, "", *described_table(machine, problems)]
 
 
 #: Launches of networks in eval, as calls of the functions in bench/cuda_usage.py.
@@ -217,6 +252,9 @@ def report() -> str:
         "prologues (the stem: without), `projection` the end of a block in eval with its projection shortcut.",
         "Waves: blocks of the grid over blocks that the GPU holds at once. FLOP/byte:",
         "every operand read and every result written once.",
+        "",
+        "Convs through tensor descriptors are candidates of autotuning and no GPU's default: in eval, of the 1x1 convs",
+        "with residual. Box: images, rows and columns of a tile; pixels of boxes outside the maps are not used.",
         "",
     ]
     tables = [line for machine in MACHINES for line in table(machine, problems)]

@@ -4,7 +4,9 @@
 
 Builds are compiled by all cores first; then each candidate runs in turn, timed by events, caches cold. Of each problem
 the fastest tiles are printed, with the vendor's conv alone (without statistics, prologue or epilogue) and the time that
-the bytes of the fused op need at the bandwidth of a large copy. Exit code 2 where there is no GPU.
+the bytes of the fused op need at the bandwidth of a large copy. At the end the convs that tensor descriptors serve are
+summed up, by their best tile with pointers, with descriptors, and with persistent programs. Exit code 2 where there is
+no GPU.
 """
 
 from __future__ import annotations
@@ -21,12 +23,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from gpu import folder
 from static_report import FORMS, STEM_FORMS, bytes_moved, resnet50_problems
 from torch import Tensor
 from triton.testing import do_bench
 
 from fusedres import roofline
-from fusedres.kernels import aot, configs
+from fusedres.kernels import aot, configs, conv_descriptor
+from fusedres.kernels.aot import Operands
 from fusedres.kernels.configs import Tile
 from fusedres.kernels.groups import tile_class
 from fusedres.problem import ConvProblem
@@ -49,7 +53,11 @@ class Case(NamedTuple):
 
     @property
     def candidates(self) -> list[Tile]:
-        return configs.candidates(DTYPE.itemsize, *tile_class(self.op, self.problem))
+        with configs.planning(configs.machine_name(*torch.cuda.get_device_capability())):
+            described = conv_descriptor.candidates(
+                self.op, self.problem, arguments(self, Operands(self.problem, DTYPE))
+            )
+        return configs.candidates(DTYPE.itemsize, *tile_class(self.op, self.problem)) + described
 
     def __str__(self) -> str:
         p = self.problem
@@ -65,7 +73,7 @@ def cases(batch: int, forms: list[str]) -> Iterator[Case]:
             yield Case(op, STEM_FORMS[op] if is_stem and form == FORMS[op] else form, replace(problem, N=batch), count)
 
 
-class Gpu(aot.Operands):
+class Gpu(Operands):
     """As the meta operands, on the GPU and with numbers in them."""
 
     def __init__(self, problem: ConvProblem, dtype: torch.dtype) -> None:
@@ -76,11 +84,15 @@ class Gpu(aot.Operands):
                 setattr(self, name, filled.abs_() if name.endswith("bn") else filled)
 
 
-def call_of(case: Case, operands: Gpu) -> Callable[[], Any]:
-    function, calls = {op: rest for op, *rest in aot.OPS}[case.op]
+def arguments(case: Case, operands: Operands) -> tuple[Any, ...]:
+    (calls,) = (calls for op, _, calls in aot.OPS if op == case.op)
     args = dict(calls(operands))[case.form.removeprefix("plain ")]
-    if case.is_plain:
-        args = (args[0], None, None, None, 0.0, *args[5:])
+    return (args[0], None, None, None, 0.0, *args[5:]) if case.is_plain else args
+
+
+def call_of(case: Case, operands: Gpu) -> Callable[[], Any]:
+    (function,) = (function for op, function, _ in aot.OPS if op == case.op)
+    args = arguments(case, operands)
     return lambda: function(*args)
 
 
@@ -122,7 +134,7 @@ def measure(case: Case, bandwidth: float, failed: set[tuple[Case, Tile]]) -> dic
     for tile in case.candidates:
         if (case, tile) not in failed:
             with configs.trying(tile):
-                found[" ".join(map(str, tile[:5]))] = milliseconds(call)
+                found[str(tile)] = milliseconds(call)
     moved = bytes_moved(aot.Plan(case.op, "train" if case.is_plain else case.form, case.problem, DTYPE, ()))
     flops = 2 * case.problem.gemm_m * case.problem.K * case.problem.C * case.problem.R * case.problem.S
     return {
@@ -135,17 +147,38 @@ def measure(case: Case, bandwidth: float, failed: set[tuple[Case, Tile]]) -> dic
     }
 
 
+def by_access(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Milliseconds of all convs that have tiles of each kind, with the best of these: pointers, descriptors, and
+    descriptors in persistent programs."""
+    kinds: dict[str, Callable[[str], bool]] = {
+        "pointers": lambda label: "descriptors" not in label,
+        "descriptors": lambda label: label.endswith("descriptors"),
+        "persistent": lambda label: label.endswith("persistent"),
+    }
+    total = dict.fromkeys(kinds, 0.0)
+    for row in rows:
+        best = {
+            kind: min((ms for label, ms in row["tiles_ms"].items() if is_of(label)), default=None)
+            for kind, is_of in kinds.items()
+        }
+        if None not in best.values():
+            for kind, ms in best.items():
+                total[kind] += row["count"] * ms
+    return total
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--forms", nargs="+", default=[":".join(item) for item in FORMS.items()])
     parser.add_argument("--seconds", type=float, default=150, help="stop measuring after so long")
-    parser.add_argument("--out", type=Path, default=Path("tiles.json"))
+    parser.add_argument("--out", type=Path, help="tiles.json in bench/results/<gpu> unless told")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("there is no GPU here: nothing was measured", file=sys.stderr)
         return 2
     start = time.monotonic()
+    out = args.out or folder(Path(__file__).parent / "results") / "tiles.json"
     torch.backends.cudnn.benchmark = True
     all_cases = list(cases(args.batch, args.forms))
     todo = [(case, tile) for case in all_cases for tile in case.candidates]
@@ -154,7 +187,7 @@ def main() -> int:
     failed = {item for item, error in zip(todo, errors, strict=True) if error}
     for (case, tile), error in zip(todo, errors, strict=True):
         if error:
-            print(f"{case} {tile[:5]}: {error}")
+            print(f"{case} {tile}: {error}")
     print(
         f"{len(todo)} candidates, {len(failed)} of them none here, after {time.monotonic() - start:.0f} s", flush=True
     )
@@ -170,8 +203,10 @@ def main() -> int:
             f" table {row['tiles_ms']['table']:.3f}  {best}",
             flush=True,
         )
-        args.out.write_text(json.dumps({"copy_bandwidth": bandwidth, "rows": rows}, indent=1) + "\n")
+        out.write_text(json.dumps({"copy_bandwidth": bandwidth, "rows": rows}, indent=1) + "\n")
         torch.cuda.empty_cache()
+    print("served by descriptors, ms: " + ", ".join(f"{kind} {ms:.3f}" for kind, ms in by_access(rows).items()))
+    print(f"wrote {out}")
     return 0
 
 

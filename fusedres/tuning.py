@@ -212,11 +212,13 @@ def _may_time(device: torch.device) -> bool:
 
 def _candidates(op: str, engine: Engine, args: Sequence[Any], problem: ConvProblem) -> tuple[str, dict[str, Call]]:
     """The label of the static choice, and every candidate by its label."""
-    configs, groups = (importlib.import_module(f"fusedres.kernels.{name}") for name in ("configs", "groups"))
+    names = ("configs", "groups", "conv_descriptor")
+    configs, groups, conv_descriptor = (importlib.import_module(f"fusedres.kernels.{name}") for name in names)
     size, kind = args[0].element_size(), groups.tile_class(op, problem)
     table = getattr(configs.machine(args[0].device), op.removeprefix("conv_"))
     first = configs.choose(table, size, *kind)
-    tiles = dict.fromkeys([first, *configs.candidates(size, *kind)])
+    described = conv_descriptor.candidates(op, problem, args)
+    tiles = dict.fromkeys([first, *configs.candidates(size, *kind), *described])
     calls = {str(tile): _with_tile(op, tile) for tile in tiles}
     is_vendors = engine is CUDNN and not prefers_triton(op, args)
     return _VENDOR if is_vendors else str(first), {**calls, _VENDOR: VENDOR[op]}

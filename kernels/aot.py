@@ -48,7 +48,7 @@ class Build(NamedTuple):
 
 def build_of(launch: Launch) -> Build:
     """The specialisation that Triton would make of a launch: None and 1 become constants, multiples of 16 are noted."""
-    kernel, _, args, constants = launch
+    kernel, _, args, constants, boxes = launch
     names = kernel.arg_names
     unspecialised = {names[p] if isinstance(p, int) else p for p in kernel.do_not_specialize or ()}
     signature: dict[str, str] = {}
@@ -56,8 +56,11 @@ def build_of(launch: Launch) -> Build:
     divisible = []
     for i, (name, value) in enumerate(zip(names, args, strict=False)):
         if isinstance(value, Tensor):
-            signature[name] = "*" + _TYPES[value.dtype]
-            divisible.append(i)  # allocations are aligned
+            if name in boxes:
+                signature[name] = f"tensordesc<{_TYPES[value.dtype]}{list(boxes[name].block)}>"
+            else:
+                signature[name] = "*" + _TYPES[value.dtype]
+                divisible.append(i)  # allocations are aligned
         elif value is None or (value == 1 and type(value) is int and name not in unspecialised):
             signature[name] = "constexpr"
             constexprs[name] = value

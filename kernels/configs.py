@@ -7,7 +7,7 @@ sizes and dtype only, so results do not depend on the machine's load. Shipped co
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
@@ -24,9 +24,13 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
     group_m: int = 8  # tiles of gemm_m that share a column of gemm_n before the next: L2 reuse
+    descriptors: bool = False  # tensor descriptors where ``conv_descriptor.serves`` a call, else pointers as ever
+    programs: int = 0  # with descriptors: for each multiprocessor, taking tiles in turn (persistent); 0: one a tile
 
     def __str__(self) -> str:
-        return f"{self.block_m}x{self.block_n}x{self.block_k}, {self.num_warps} warps, {self.num_stages} stages"
+        size = f"{self.block_m}x{self.block_n}x{self.block_k}, {self.num_warps} warps, {self.num_stages} stages"
+        access = ", descriptors" if self.descriptors else ""
+        return size + access + (f", {self.programs} persistent" if self.programs else "")
 
 
 #: The width under which a table holds the tile for operands that are read number by number: channels that are no
@@ -37,13 +41,24 @@ GATHER = -1
 Table = dict[tuple[int, int], Tile]
 
 
+#: The tables' programs for each multiprocessor.
+_PROGRAMS = 4
+
+
 class Machine(NamedTuple):
-    """The tables of one architecture, and how many programs fill it."""
+    """The tables of one architecture, how many programs fill it, and its tiles with descriptors."""
 
     fprop: Table
     dgrad: Table
     wgrad: Table
     programs: int  # wgrad splits its sum over pixels until there are as many
+    descriptors: tuple[Tile, ...] = ()  # candidates, for half dtypes; none where the hardware has no such copies
+    swaps_boxes: bool = False  # Triton has wgmma read boxes from shared memory as second operand only: weights first
+
+
+def _described(tile: Tile, *programs: int) -> tuple[Tile, ...]:
+    """``tile`` with descriptors, for each number of programs."""
+    return tuple(tile._replace(descriptors=True, programs=count) for count in programs)
 
 
 _GATHER_FPROP: Table = {(2, GATHER): Tile(64, 64, 32, 4, 2), (4, GATHER): Tile(64, 32, 32, 4, 2)}
@@ -95,6 +110,15 @@ _SM90 = Machine(
         (2, 0): Tile(128, 128, 64, 8, 3),
     },
     programs=528,
+    descriptors=(
+        *_described(Tile(64, 64, 64, 4, 4), 0),
+        *_described(Tile(128, 64, 64, 4, 3), 0, 2),
+        *_described(Tile(64, 128, 64, 4, 3), 0, 2),
+        *_described(Tile(128, 128, 64, 8, 3), 0, 1),
+        *_described(Tile(128, 256, 64, 8, 3), 0),
+        *_described(Tile(256, 128, 64, 8, 3), 0),
+    ),
+    swaps_boxes=True,
 )
 
 #: As sm_90, with smaller tiles or fewer stages where the compiler would spill.
@@ -108,6 +132,7 @@ _SM100 = Machine(
     },
     wgrad=_SM90.wgrad,
     programs=592,
+    descriptors=_SM90.descriptors[:-2],
 )
 
 TABLE: dict[str, Machine] = {
@@ -117,13 +142,22 @@ TABLE: dict[str, Machine] = {
     "sm89": _SM80._replace(programs=568),
     "sm90": _SM90,
     "sm100": _SM100,
-    "sm120": _SM80._replace(programs=680),
+    "sm120": _SM80._replace(
+        programs=680,
+        descriptors=(
+            *_described(Tile(64, 64, 64, 4, 4), 0),
+            *_described(Tile(128, 64, 64, 4, 3), 0, 1),
+            *_described(Tile(64, 128, 64, 4, 3), 0),
+            *_described(Tile(128, 128, 64, 8, 3), 0),
+        ),
+    ),
     # Small tiles, so that tests on small tensors have several of them and ragged ones.
     "interpreter": Machine(
         fprop={(2, 0): Tile(32, 32, 16, 4, 1, 2), (4, 0): Tile(64, 16, 32, 4, 1, 2)},
         dgrad={(2, 0): Tile(32, 16, 32, 4, 1, 2), (4, 0): Tile(64, 32, 16, 4, 1, 2)},
         wgrad={(2, 0): Tile(16, 32, 32, 4, 1, 2), (4, 0): Tile(32, 16, 32, 4, 1, 2)},
         programs=8,
+        descriptors=_described(Tile(32, 32, 16, 4, 1, 2), 0, 1),
     ),
 }
 
@@ -161,6 +195,18 @@ def machine(device: torch.device) -> Machine:
     if device.type != "cuda":
         return TABLE["interpreter"]
     return TABLE[_name_of_gpu(torch.cuda.current_device() if device.index is None else device.index)]
+
+
+@functools.cache
+def _multiprocessors_of_gpu(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Those of the tensors' GPU; on the CPU or none those for which the table was made."""
+    if device.type != "cuda":
+        return machine(device).programs // _PROGRAMS
+    return _multiprocessors_of_gpu(torch.cuda.current_device() if device.index is None else device.index)
 
 
 #: The tile that ``trying`` puts before the tables.
@@ -219,8 +265,13 @@ _GATHER_TILES = (
 
 
 def candidates(element_size: int, gemm_n: int, gathers: bool) -> list[Tile]:
-    """Tiles worth timing for a problem of the class that ``choose`` is told: none wider than it without need, and
-    not those narrower than half a tile that fits. What a GPU has no shared memory for fails to launch there."""
+    """Tiles worth timing for a problem of the class that ``choose`` is told. What a GPU has no shared memory for fails
+    to launch there."""
     tiles = _GATHER_TILES if gathers else _GEMM_TILES if element_size == 2 else _FLOAT32_TILES
+    return worth_timing(tiles, gemm_n)
+
+
+def worth_timing(tiles: Sequence[Tile], gemm_n: int) -> list[Tile]:
+    """Those of ``tiles`` that are no wider than ``gemm_n`` needs, and at least half as wide as one that fits."""
     widest = max(32, min(256, 1 << max(gemm_n - 1, 0).bit_length()))
     return [tile for tile in tiles if min(widest, 128) // 2 <= tile.block_n <= widest]

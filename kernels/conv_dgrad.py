@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedres.kernels import configs
+from fusedres.kernels import configs, conv_descriptor
 from fusedres.kernels.epilogue import drelu, tile_sums
 from fusedres.kernels.groups import blocking, tile_class
 from fusedres.kernels.launch import (
@@ -32,7 +32,7 @@ from fusedres.kernels.launch import (
 from fusedres.kernels.prologue import bn_scale_shift, gradient_form, gradient_vectors, load_gradient
 from fusedres.kernels.reduce import sum_parts
 from fusedres.kernels.sums import ROWS, merge_sums
-from fusedres.kernels.tile import cast, channels_of, divisor, dot, pixel_of, row_offset, tile_of
+from fusedres.kernels.tile import cast, channels_of, divisor, dot, next_step, pixel_of, row_offset, tile_of
 from fusedres.layout import BN_ROWS, SUM_ROWS, channels_last, new_activation
 from fusedres.problem import ConvProblem, out_size
 
@@ -188,12 +188,7 @@ def conv_dgrad_kernel(
 
         k0 += BLOCK_K
         if R * S > 1:
-            is_next = k0 >= block_k
-            k0 = tl.where(is_next, 0, k0)
-            tap_w += is_next.to(tl.int32)
-            is_line = tap_w >= count_s
-            tap_w = tl.where(is_line, 0, tap_w)
-            tap_h += is_line.to(tl.int32)
+            k0, tap_h, tap_w = next_step(k0, block_k, tap_h, tap_w, count_s)
 
     offsets = dx_row[:, None] + c[None, :]
     out_mask = row_mask[:, None] & c_mask[None, :]
@@ -329,13 +324,18 @@ def _conv_dgrad(
         side_bn=(side_bn, (BN_ROWS, problem.C), torch.float32),
     )
     check_pixels(problem)
+    tile = configs.choose(configs.machine(g.device).dgrad, g.element_size(), *tile_class("conv_dgrad", problem))
+    by_descriptors = tile.descriptors and conv_descriptor.serves(
+        problem, g, w, residual, bn, y, prev_z, residual_stride=residual_stride
+    )
     maps = (g, z, w, residual, y, prev_z, side_z)
     g, z, w, residual, y, prev_z, side_z = (None if t is None else channels_last(t) for t in maps)
     assert g is not None
     assert w is not None
+    if by_descriptors:
+        return conv_descriptor.convolve(g, w, None, residual, problem, tile, mirrored=True)
     dx = new_activation(g, size)
     blocks = blocking(problem)
-    tile = configs.choose(configs.machine(g.device).dgrad, g.element_size(), *tile_class("conv_dgrad", problem))
     classes = problem.stride[0] * problem.stride[1]
     class_h, class_w = cdiv(problem.H, problem.stride[0]), cdiv(problem.W, problem.stride[1])
     gemm_m = problem.N * class_h * class_w

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedres.kernels import configs
-from fusedres.kernels.epilogue import tile_statistics
+from fusedres.kernels import configs, conv_descriptor
+from fusedres.kernels.epilogue import store_statistics
 from fusedres.kernels.groups import blocking, is_flat, tile_class
 from fusedres.kernels.launch import (
     cdiv,
@@ -29,7 +29,7 @@ from fusedres.kernels.launch import (
 )
 from fusedres.kernels.prologue import input_vectors, load_input, relu
 from fusedres.kernels.reduce import merge_parts
-from fusedres.kernels.tile import cast, channels_of, divisor, dot, pixel_of, row_offset, tile_of
+from fusedres.kernels.tile import cast, channels_of, divisor, dot, next_step, pixel_of, row_offset, tile_of
 from fusedres.layout import BN_ROWS, STAT_ROWS, channels_last, new_activation
 from fusedres.problem import ConvProblem
 
@@ -155,12 +155,7 @@ def conv_fprop_kernel(
 
             c0 += BLOCK_K
             if R * S > 1:
-                is_next = c0 >= block_c
-                c0 = tl.where(is_next, 0, c0)
-                s += is_next.to(tl.int32)
-                is_line = s >= S
-                s = tl.where(is_line, 0, s)
-                r += is_line.to(tl.int32)
+                c0, r, s = next_step(c0, block_c, r, s, S)
 
     y_offset = row_offset(row, K, WIDE)[:, None] + k[None, :]
     y_mask = row_mask[:, None] & k_mask[None, :]
@@ -173,11 +168,7 @@ def conv_fprop_kernel(
     stored = cast(acc, y.dtype.element_ty)
     tl.store(y + y_offset, stored, mask=y_mask)
     if GENSTATS:
-        count, mean, m2 = tile_statistics(stored.to(tl.float32), row_mask)
-        out = parts + tile_m.to(tl.int64) * (3 * K) + k
-        tl.store(out, tl.zeros([BLOCK_N], tl.float32) + count, mask=k_mask)
-        tl.store(out + K, mean, mask=k_mask)
-        tl.store(out + 2 * K, m2, mask=k_mask)
+        store_statistics(parts, tile_m, stored.to(tl.float32), row_mask, k, K, k_mask)
 
 
 def conv_fprop(
@@ -206,12 +197,16 @@ def conv_fprop(
     if problem.P < 1 or problem.Q < 1:
         raise RuntimeError(f"a kernel larger than the padded map: {problem}")
     check_pixels(problem)
+    tile = configs.choose(configs.machine(x.device).fprop, x.element_size(), *tile_class("conv_fprop", problem))
+    by_descriptors = tile.descriptors and conv_descriptor.serves(problem, x, w, residual, in_bn)
     x, w = channels_last(x), channels_last(w)
     residual = None if residual is None else channels_last(residual)
+    if by_descriptors:
+        y, parts = conv_descriptor.convolve(x, w, bias, residual, problem, tile, relu=relu, genstats=genstats)
+        return y, merge_parts(parts) if genstats else parts.view(0)
     y = new_activation(x, size)
     blocks = blocking(problem)
     flat = is_flat(problem)
-    tile = configs.choose(configs.machine(x.device).fprop, x.element_size(), *tile_class("conv_fprop", problem))
     tiles_m = cdiv(problem.gemm_m, tile.block_m)
     tiles_n = blocks.count * cdiv(blocks.k, tile.block_n)
     parts = x.new_empty((tiles_m if genstats else 0, STAT_ROWS, problem.K), dtype=torch.float32)

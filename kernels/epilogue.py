@@ -25,6 +25,16 @@ def tile_statistics(y, row_mask):
 
 
 @triton.jit
+def store_statistics(parts, tile_m, y, row_mask, k, K, k_mask):
+    """The statistics of a tile (``tile_statistics``) to its part of ``parts`` (tiles, 3, K), at channels ``k``."""
+    count, mean, m2 = tile_statistics(y, row_mask)
+    out = parts + tile_m.to(tl.int64) * (3 * K) + k
+    tl.store(out, tl.zeros_like(mean) + count, mask=k_mask)
+    tl.store(out + K, mean, mask=k_mask)
+    tl.store(out + 2 * K, m2, mask=k_mask)
+
+
+@triton.jit
 def merge_statistics(count, mean, m2, other_count, other_mean, other_m2):
     """(count, mean, M2) of two sets together (Chan, Golub and LeVeque 1983); either may be empty."""
     total = count + other_count

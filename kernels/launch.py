@@ -7,12 +7,14 @@ exactly which kernels, arguments and constants it would use, without a GPU and w
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusedres import launches, replay
 from fusedres.kernels.configs import Tile
@@ -29,14 +31,39 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+class Boxes(NamedTuple):
+    """A dense tensor as a kernel sees it through a tensor descriptor, which reads and writes blocks of it."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    block: tuple[int, ...]
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], block: tuple[int, ...]) -> Boxes:
+        """A row-major tensor."""
+        return cls(shape, tuple(math.prod(shape[i + 1 :]) for i in range(len(shape))), block)
+
+    def descriptor(self, base: Tensor) -> TensorDescriptor:
+        """As Triton takes it."""
+        return TensorDescriptor(base, *map(list, self))
+
+
 class Launch(NamedTuple):
-    """One launch: ``kernel[grid](*args, **constants)``; the constants include num_warps and num_stages."""
+    """One launch: ``kernel[grid](*args, **constants)``; the constants include num_warps and num_stages.
+
+    ``boxes``: the arguments, by name, that the kernel takes as descriptors.
+    """
 
     kernel: Any
     grid: tuple[int, ...]
     args: tuple[Any, ...]
     constants: dict[str, Any]
+    boxes: Mapping[str, Boxes]
 
+
+#: Arguments that become descriptors: their positions among all.
+Places = tuple[tuple[int, Boxes], ...]
+_NO_BOXES: Mapping[str, Boxes] = {}
 
 _recorded: list[Launch] | None = None
 
@@ -57,47 +84,74 @@ def recording() -> Iterator[list[Launch]]:
         _recorded = before
 
 
-def run(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    """Launch ``kernel``, or note it down within ``recording``."""
+def run(
+    kernel: Any, grid: tuple[int, ...], *args: Any, boxes: Mapping[str, Boxes] = _NO_BOXES, **constants: Any
+) -> None:
+    """Launch ``kernel``, or note it down within ``recording``. It takes what ``boxes`` names as descriptors."""
     if _recorded is not None:
-        _recorded.append(Launch(kernel, grid, args, constants))
+        _recorded.append(Launch(kernel, grid, args, constants, boxes))
         return
     recorder = replay.recorder()
     if recorder is None:
-        _launch(kernel, grid, args, constants)
+        _launch(kernel, grid, args, constants, boxes)
         return
     with recorder.paused():  # the interpreter calls ops of its own
-        again = _launch(kernel, grid, args, constants)
+        again = _launch(kernel, grid, args, constants, boxes)
     described = None if INTERPRETED.value else launches.Kernel.of(again.compiled, kernel.arg_names, again.grid)
     tensors = [(i, arg) for i, arg in enumerate(args) if isinstance(arg, Tensor)]
-    recorder.launch(launches.Launch(again, described, args, by_address=not INTERPRETED.value), tensors)
+    by_address = not INTERPRETED.value and not boxes  # a descriptor is made of a tensor
+    recorder.launch(launches.Launch(again, described, args, by_address), tensors)
+
+
+class _Interpreted:
+    """A kernel on a grid, run by Triton's interpreter."""
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], constants: dict[str, Any], places: Places) -> None:
+        self._run, self._places = functools.partial(kernel[grid], **constants), places
+
+    def __call__(self, *args: Any) -> None:
+        self._run(*_with_descriptors(args, self._places))
 
 
 class _Compiled:
     """A kernel that Triton has compiled, on a grid: launched without its look for it."""
 
-    def __init__(self, compiled: Any, grid: tuple[int, ...], constexprs: tuple[Any, ...]) -> None:
+    def __init__(self, compiled: Any, grid: tuple[int, ...], constexprs: tuple[Any, ...], places: Places) -> None:
         self.compiled, self.grid = compiled, grid + (1,) * (3 - len(grid))
-        self._run, self._constexprs = compiled[self.grid], constexprs
+        self._run, self._constexprs, self._places = compiled[self.grid], constexprs, places
 
     def __call__(self, *args: Any) -> None:
-        self._run(*args, *self._constexprs)
+        self._run(*_with_descriptors(args, self._places), *self._constexprs)
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> Any:
+def _with_descriptors(args: tuple[Any, ...], places: Places) -> Sequence[Any]:
+    """``args`` with descriptors of those at ``places``."""
+    if not places:
+        return args
+    described = list(args)
+    for i, boxes in places:
+        if args[i] is not None:
+            described[i] = boxes.descriptor(args[i])
+    return described
+
+
+def _launch(
+    kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any], boxes: Mapping[str, Boxes]
+) -> Any:
     """Launch ``kernel``. Returns what does so again."""
+    places = tuple((kernel.arg_names.index(name), box) for name, box in boxes.items())
     if INTERPRETED.value:
-        interpreted = functools.partial(kernel[grid], **constants)
+        interpreted = _Interpreted(kernel, grid, constants, places)
         interpreted(*args)
         return interpreted
-    key = (kernel.fn, args[0].get_device(), grid, *map(_specialisation, args), *constants.values())
+    key = (kernel.fn, args[0].get_device(), grid, *map(_specialisation, args), *constants.values(), *places)
     again = _compiled.get(key)
     if again is None:
-        compiled = kernel[grid](*args, **constants)
+        compiled = kernel[grid](*_with_descriptors(args, places), **constants)
         if len(_compiled) >= _MOST_COMPILED:  # sizes that never come again
             _compiled.clear()
         constexprs = tuple(constants[name] for name in kernel.arg_names[len(args) :])
-        again = _compiled[key] = _Compiled(compiled, grid, constexprs)
+        again = _compiled[key] = _Compiled(compiled, grid, constexprs, places)
     else:
         again(*args)
     return again

@@ -74,6 +74,16 @@ def row_offset(row, pitch, WIDE: tl.constexpr):
 
 
 @triton.jit
+def next_step(at, width, r, s, taps_s):
+    """(channel, r, s) in a loop over taps and blocks of channels: past ``width`` channels the next of ``taps_s`` in a
+    row, past those the next row."""
+    is_next = at >= width
+    s += is_next.to(tl.int32)
+    is_line = s >= taps_s
+    return tl.where(is_next, 0, at), r + is_line.to(tl.int32), tl.where(is_line, 0, s)
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """``acc + a @ b`` in float32; ``PRECISION`` "ieee", "tf32" or "tf32x3" matters for float32 operands only."""
     if INTERPRETED:

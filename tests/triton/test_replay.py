@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from launches import launched
 from oracles import batch, block_twins, shake
 from torch import Tensor, nn
 
 import fusedres
-from fusedres import FusedBasicBlock, FusedBottleneck, launches, native, replay
+from fusedres import FusedBasicBlock, FusedBottleneck, launches, native, ops, replay
 from fusedres.functional import stem
+from fusedres.kernels import configs
 from fusedres.launches import Kernel, Launch
 from fusedres.recorder import Recorder
 
@@ -96,6 +98,25 @@ def test_replayed_steps_under_autocast_equal_called_ones(
         expected = [results(called, images(name, device, i, torch.float32)) for i in range(STEPS)]
     for step, right in zip(got, expected, strict=True):
         assert all(map(torch.equal, step, right))
+
+
+def test_replayed_launches_with_descriptors_equal_called_ones(device: str) -> None:
+    tiles = configs.machine(torch.device(device)).descriptors
+    if not tiles:
+        pytest.skip("needs tensor descriptors: compute capability 9.0")
+    w = batch(16, 16, 1, 1, dtype=torch.float16).to(device)
+
+    def convolve(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        return ops.conv_fprop(x, w, None, None, None, (1, 1), (0, 0), (1, 1), 1, False, True)
+
+    with fusedres.engine("triton"), configs.trying(tiles[0]):
+        for i in range(STEPS + 1):
+            x, got = batch(2, 16, 5, 7, dtype=torch.float16, seed=i).to(device), []
+            names = launched(lambda x=x, got=got: got.extend(replay.call(convolve, (), (x, w))))
+            assert names["conv_descriptor_kernel"] == 1
+            assert all(map(torch.equal, got, convolve(x, w)))
+    (program,) = programs()
+    assert program is not None
 
 
 class Stem(nn.Module):

@@ -149,6 +149,73 @@ def test_the_static_choice_is_what_the_engine_runs_by_itself(device: str, tiles:
         assert static == (expected or str(tiles[0]))
 
 
+#: Calls that tensor descriptors serve, and calls that they do not.
+SERVED = {
+    "1x1": ("conv_fprop", POINTWISE, "bias+residual+relu"),
+    "3x3": ("conv_fprop", ConvProblem(2, 32, 6, 5, 64, 3, 3, padding=(1, 1)), "genstats"),
+    "plain": ("conv_dgrad", ConvProblem(2, 64, 6, 5, 32, 1, 1), "residual"),
+}
+NOT_SERVED = {
+    "prologue": ("conv_fprop", POINTWISE, "prologue"),
+    "stride": ("conv_fprop", ConvProblem(2, 32, 6, 5, 64, 1, 1, (2, 2)), "bias"),
+    "channels": ("conv_fprop", RAGGED, "bias"),
+    "mask": ("conv_dgrad", POINTWISE, "drelu"),
+}
+
+
+def offered(op: str, problem: ConvProblem, form: str, device: str, dtype: torch.dtype = torch.float16) -> set[str]:
+    """The candidates with descriptors."""
+    make = Operands(dtype)
+    args = fprop_args(make, problem, form) if op == "conv_fprop" else dgrad_args(make, problem, "plain", form)
+    on_device = [a.to(device) if isinstance(a, Tensor) else a for a in args]
+    return {label for label in tuning._candidates(op, TRITON, on_device, problem)[1] if "descriptors" in label}
+
+
+def test_descriptors_are_offered_where_they_serve(device: str) -> None:
+    tiles = configs.machine(torch.device(device)).descriptors
+    for op, problem, form in SERVED.values():
+        assert offered(op, problem, form, device) <= set(map(str, tiles))
+        assert bool(offered(op, problem, form, device)) == bool(tiles)
+        assert not offered(op, problem, form, device, torch.float32)
+    for op, problem, form in NOT_SERVED.values():
+        assert not offered(op, problem, form, device)
+
+
+@pytest.mark.parametrize("programs", [0, 1])
+def test_a_tile_with_descriptors_may_win_and_is_kept(
+    programs: int, device: str, timer: Timer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = offered(*SERVED["1x1"], device)
+    if not labels:
+        pytest.skip("needs tensor descriptors: compute capability 9.0")
+    timer.best = min(label for label in labels if ("persistent" in label) == bool(programs))
+    args = args_of(device)
+    with fusedres.autotune():
+        ops.conv_fprop(*args)
+        for _ in range(2):
+            monkeypatch.setattr(tuning, "_decided", {})  # as another process
+            assert launched(lambda: ops.conv_fprop(*args)) == {"conv_descriptor_kernel": 1}
+    assert len(timer.timed) == 1
+
+
+def test_a_choice_kept_before_there_were_descriptors_is_followed(
+    device: str, timer: Timer, tiles: list[configs.Tile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args, timer.best = args_of(device), str(TILE)
+    with fusedres.autotune():
+        ops.conv_fprop(*args)
+        (path,) = files(tmp_path)
+        content = json.loads(path.read_text())
+        assert content["chosen"] == "64x64x64, 4 warps, 3 stages"
+        content["seconds"] = {label: s for label, s in content["seconds"].items() if "descriptors" not in label}
+        path.write_text(json.dumps(content))
+        monkeypatch.setattr(tuning, "_decided", {})
+        tiles.clear()
+        ops.conv_fprop(*args)
+    assert tiles == [TILE]
+    assert len(timer.timed) == 1
+
+
 def test_scratch_is_like_the_operands_and_none_of_them(device: str, timer: Timer) -> None:
     args = args_of(device)
     args[0] = torch.randn(3, 33, 6, 5, device=device).half()[1:, 1:]  # neither channels_last nor aligned

@@ -8,8 +8,10 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusedres.kernels import launch
+from fusedres.kernels.launch import Boxes
 
 
 class Kernel:
@@ -75,6 +77,51 @@ def test_what_triton_would_compile_for_is_looked_for(kernel: Kernel, change: dic
     run(kernel, **{"x": torch.zeros(64), **change})
     assert len(kernel.looks) == 2
     assert not kernel.launches
+
+
+BOXES = {"x": Boxes.of((8, 8), (4, 8)), "residual": Boxes.of((8, 8), (4, 8))}
+
+
+def described(tensor: Tensor) -> TensorDescriptor:
+    return TensorDescriptor(tensor, [8, 8], [8, 1], [4, 8])
+
+
+def test_boxes_are_given_as_descriptors_of_each_launchs_own_tensors(kernel: Kernel) -> None:
+    first, second = torch.zeros(64), torch.ones(64)
+    for x in (first, second):
+        launch.run(kernel, (3, 2), x, None, 7, 0.5, boxes=BOXES, num_warps=4, FLAG=True, BLOCK=64)
+    (look,) = kernel.looks
+    assert look[1] == (described(first), None, 7, 0.5)
+    assert look[1][0].base is first
+    ((_, args),) = kernel.launches
+    assert args == (described(second), None, 7, 0.5, 64, True)
+    assert args[0].base is second
+
+
+@pytest.mark.parametrize("boxes", [{"x": BOXES["x"]._replace(block=(2, 8))}, {"x": Boxes.of((4, 16), (4, 8))}, {}])
+def test_other_boxes_are_looked_for(boxes: dict[str, Boxes], kernel: Kernel) -> None:
+    x = torch.zeros(64)
+    for of in (BOXES, boxes):
+        launch.run(kernel, (3, 2), x, None, 7, 0.5, boxes=of, num_warps=4, FLAG=True, BLOCK=64)
+    assert len(kernel.looks) == 2
+
+
+def test_a_recorded_launch_makes_descriptors_of_the_tensors_it_is_bound_to(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = mock.MagicMock()
+    monkeypatch.setattr(launch.replay, "recorder", lambda: recorder)
+    monkeypatch.setattr(launch.launches.Kernel, "of", lambda *_: None)
+    first, second = torch.zeros(64), torch.arange(80.0)
+    launch.run(kernel, (3, 2), first, None, 7, 0.5, boxes=BOXES, num_warps=4, FLAG=True, BLOCK=64)
+    ((recorded, tensors), _) = recorder.launch.call_args
+    assert [i for i, _ in tensors] == [0]
+    recorded.places.append(launch.launches.Place(0, 64, torch.float32, torch.Size([64]), (1,)))
+    recorded.bound()(second)
+    ((_, args),) = kernel.launches
+    assert args == (args[0], None, 7, 0.5, 64, True)
+    assert torch.equal(args[0].base, second[16:])
+    assert args[0].base.data_ptr() == second.data_ptr() + 64
 
 
 def test_what_is_kept_is_bounded(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
