@@ -82,7 +82,11 @@ _SHAPES = """
 #include <dlfcn.h>
 #include "cuda/basic_block_fprop.h"
 #include "cuda/bottleneck_fprop.h"
+#include "cuda/channel_stats.h"
+#include "cuda/dbn.h"
+#include "cuda/drelu_dbn.h"
 #include "cuda/head_fprop.h"
+#include "cuda/scale_shift_add_relu.h"
 #include "cuda/stem_fprop.h"
 using namespace fusedres::cuda;
 using T = fusedres::device::half;
@@ -118,6 +122,22 @@ void head(const char* label, int images, int C, int S, int F) {{
   HeadProblem<T> p{{}};
   p.N = images, p.S = S, p.C = C, p.F = F;
   head_fprop(p, limit, Record{{label}});
+}}
+template <template <typename> class Problem>
+Problem<T> tail(int C, int side) {{
+  Problem<T> p{{}};
+  p.rows = int64_t{{N}} * side * side, p.C = C;
+  return p;
+}}
+void forward_tail(const char* label, int C, int side) {{
+  scale_shift_add_relu(tail<ScaleShiftAddReluProblem>(C, side), Record{{label}});
+}}
+void backward_tail(const char* label, int C, int side) {{
+  drelu_dbn(tail<DreluDbnProblem>(C, side), Record{{label}});
+}}
+void gradient(const char* label, int C, int side) {{ dbn(tail<DbnProblem>(C, side), Record{{label}}); }}
+void statistics(const char* label, int C, int side) {{
+  channel_stats(tail<ChannelStatsProblem>(C, side), Record{{label}});
 }}
 int main() {{
 {calls}

@@ -6,7 +6,7 @@
 
 namespace fusedres::cuda {
 
-// z and bn both, or neither; the other branch's likewise.
+// z and bn both, or neither; the other branch's likewise. A map without rows may be null, its bn is not.
 template <typename T>
 struct DreluDbnProblem {
   const T* dy;               // (rows, C)
@@ -34,8 +34,8 @@ __global__ void __launch_bounds__(kTailThreads, kTailBlocks) drelu_dbn_kernel(co
   device::SharedArena arena;
   float* scratch = arena.take<float>(merge_floats<kSums>);
   float sums[kSums] = {}, mean[kSize], residual_mean[kSize];
-  if (problem.z) thread.load_channels(problem.bn, 0, mean);
-  if (problem.residual_z) thread.load_channels(problem.residual_bn, 0, residual_mean);
+  if (problem.bn) thread.load_channels(problem.bn, 0, mean);
+  if (problem.residual_bn) thread.load_channels(problem.residual_bn, 0, residual_mean);
   for (int64_t row0 = thread.row; row0 < thread.end; row0 += kBackwardAhead * thread.down) {
     device::Vector<T, kSize> dy[kBackwardAhead], y[kBackwardAhead], z[kBackwardAhead], residual_z[kBackwardAhead];
     FUSEDRES_UNROLL
@@ -43,8 +43,8 @@ __global__ void __launch_bounds__(kTailThreads, kTailBlocks) drelu_dbn_kernel(co
       const int64_t row = row0 + i * thread.down;
       dy[i] = thread.load(problem.dy, row);
       if (problem.y) y[i] = thread.load(problem.y, row);
-      if (problem.z) z[i] = thread.load(problem.z, row);
-      if (problem.residual_z) residual_z[i] = thread.load(problem.residual_z, row);
+      if (problem.bn) z[i] = thread.load(problem.z, row);
+      if (problem.residual_bn) residual_z[i] = thread.load(problem.residual_z, row);
     }
     FUSEDRES_UNROLL
     for (int i = 0; i < kBackwardAhead; ++i) {
@@ -54,8 +54,8 @@ __global__ void __launch_bounds__(kTailThreads, kTailBlocks) drelu_dbn_kernel(co
         g[j] = device::to_float(dy[i].value[j]);
         if (problem.y && device::to_float(y[i].value[j]) <= 0.0f) g[j] = 0.0f;
         sums[j] += g[j];  // beyond the rows g is 0, and nothing is added
-        if (problem.z) sums[kSize + j] += g[j] * (device::to_float(z[i].value[j]) - mean[j]);
-        if (problem.residual_z) {
+        if (problem.bn) sums[kSize + j] += g[j] * (device::to_float(z[i].value[j]) - mean[j]);
+        if (problem.residual_bn) {
           sums[2 * kSize + j] += g[j] * (device::to_float(residual_z[i].value[j]) - residual_mean[j]);
         }
       }
@@ -102,8 +102,8 @@ __global__ void __launch_bounds__(kTailThreads, kTailBlocks) drelu_dbn_merge_ker
     thread.store_channels(to, 1, sum);
   };
   thread.store_channels(problem.sums, 0, sums[0]);
-  if (problem.z) store_dgamma(problem.sums, problem.bn, sums[1]);
-  if (problem.residual_z) {
+  if (problem.bn) store_dgamma(problem.sums, problem.bn, sums[1]);
+  if (problem.residual_bn) {
     thread.store_channels(problem.residual_sums, 0, sums[0]);
     store_dgamma(problem.residual_sums, problem.residual_bn, sums[2]);
   }
