@@ -205,8 +205,9 @@ def cuda_report() -> list[str]:
         "",
         *registers,
         "",
-        f"Launches at batch {BATCH}, float16, in eval and, the last six, in training; one that no tile has shared memory",
-        f"for is left out. The tile is given as the kernel's template arguments. Blocks have {cuda_usage.THREADS} threads.",
+        f"Launches at batch {BATCH}, float16, in eval and, the last six, in training; one that no tile has shared",
+        "memory for is left out. The tile is given as the kernel's template arguments. Blocks have",
+        f"{cuda_usage.THREADS} threads.",
         "",
         *(line for arch in cuda_usage.MULTIPROCESSORS for line in cuda_table(arch)),
     ]

@@ -1,5 +1,5 @@
-"""The ``cuda`` engine: the native kernels of csrc/cuda. In eval each is a whole block, or the stem or head of a network;
-in training they are the tails of blocks.
+"""The ``cuda`` engine: the native kernels of csrc/cuda. In eval each is a whole block, a stem or a head; in
+training they are the tails of blocks.
 
 It has no convolutions of its own: what no kernel serves in one launch runs in the next engine, a launch a conv, and in
 training the tails stand between that engine's convs.
