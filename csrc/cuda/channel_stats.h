@@ -61,26 +61,30 @@ struct ChannelMoments {
 template <typename T, int kSize>
 FUSEDRES_DEVICE ChannelMoments<kSize> run_moments(const TailThread<kSize>& thread, const T* x, int64_t row0,
                                                   const float (&first)[kSize]) {
-  device::Vector<T, kSize> value[kRun];
+  Packed<T, kSize> packed[kRun];
   ChannelMoments<kSize> run{};
   FUSEDRES_UNROLL
   for (int i = 0; i < kRun; ++i) {
     const int64_t row = row0 + i * thread.down;
-    value[i] = thread.load(x, row);
+    packed[i] = thread.load(x, row);
     run.count += row < thread.end ? 1.0f : 0.0f;
   }
+  const auto for_each_value = [&](const auto& visit) {
+    FUSEDRES_UNROLL
+    for (int i = 0; i < kRun; ++i) {
+      float value[kSize];
+      packed[i].unpack(value);
+      FUSEDRES_UNROLL
+      for (int j = 0; j < kSize; ++j) {
+        if (row0 + i * thread.down < thread.end) visit(j, value[j] - first[j]);
+      }
+    }
+  };
   const float share = 1.0f / run.count;
+  for_each_value([&](int j, float value) { run.mean[j] += value; });
   FUSEDRES_UNROLL
-  for (int j = 0; j < kSize; ++j) {
-    const auto deviation = [&](int i, float from) {
-      return row0 + i * thread.down < thread.end ? device::to_float(value[i].value[j]) - first[j] - from : 0.0f;
-    };
-    FUSEDRES_UNROLL
-    for (int i = 0; i < kRun; ++i) run.mean[j] += deviation(i, 0.0f);
-    run.mean[j] *= share;
-    FUSEDRES_UNROLL
-    for (int i = 0; i < kRun; ++i) run.m2[j] += deviation(i, run.mean[j]) * deviation(i, run.mean[j]);
-  }
+  for (int j = 0; j < kSize; ++j) run.mean[j] *= share;
+  for_each_value([&](int j, float value) { run.m2[j] += (value - run.mean[j]) * (value - run.mean[j]); });
   return run;
 }
 

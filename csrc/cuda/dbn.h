@@ -24,7 +24,7 @@ constexpr int kDbnAhead = 4;  // rows that a thread loads at once
 template <typename T, int kSize>
 __global__ void __launch_bounds__(kTailThreads, kTailBlocks) dbn_kernel(const DbnProblem<T> problem) {
   const auto thread = TailThread<kSize>::of(problem.plan, problem.rows, problem.C);
-  device::Vector<T, kSize> g[kDbnAhead], z[kDbnAhead];
+  Packed<T, kSize> g[kDbnAhead], z[kDbnAhead];
   FUSEDRES_UNROLL
   for (int i = 0; i < kDbnAhead; ++i) {
     const int64_t row = thread.row + i * thread.down;
@@ -47,11 +47,13 @@ __global__ void __launch_bounds__(kTailThreads, kTailBlocks) dbn_kernel(const Db
   }
   FUSEDRES_UNROLL
   for (int i = 0; i < kDbnAhead; ++i) {
-    float dz[kSize];
+    float dz[kSize], deviation[kSize];
+    g[i].unpack(dz);
+    if (problem.z) z[i].unpack(deviation);
     FUSEDRES_UNROLL
     for (int j = 0; j < kSize; ++j) {
-      dz[j] = a[j] * device::to_float(g[i].value[j]);
-      if (problem.z) dz[j] += b[j] * (device::to_float(z[i].value[j]) - mean[j]) + c[j];
+      dz[j] = a[j] * dz[j];
+      if (problem.z) dz[j] += b[j] * (deviation[j] - mean[j]) + c[j];
     }
     thread.store(problem.dz, thread.row + i * thread.down, dz);
   }

@@ -27,6 +27,16 @@ struct DreluDbnProblem {
 constexpr int kBackwardAhead = 2;  // rows that a thread loads at once
 constexpr int kBackwardSums = 3;
 
+// sums += g*(z - mean).
+template <typename T, int kSize>
+FUSEDRES_DEVICE void add_products(const float (&g)[kSize], const Packed<T, kSize>& z, const float (&mean)[kSize],
+                                  float* sums) {
+  float value[kSize];
+  z.unpack(value);
+  FUSEDRES_UNROLL
+  for (int j = 0; j < kSize; ++j) sums[j] += g[j] * (value[j] - mean[j]);
+}
+
 template <typename T, int kSize>
 __global__ void __launch_bounds__(kTailThreads, kTailBlocks) drelu_dbn_kernel(const DreluDbnProblem<T> problem) {
   constexpr int kSums = device::round_up(kBackwardSums * kSize, 4);
@@ -37,7 +47,7 @@ __global__ void __launch_bounds__(kTailThreads, kTailBlocks) drelu_dbn_kernel(co
   if (problem.bn) thread.load_channels(problem.bn, 0, mean);
   if (problem.residual_bn) thread.load_channels(problem.residual_bn, 0, residual_mean);
   for (int64_t row0 = thread.row; row0 < thread.end; row0 += kBackwardAhead * thread.down) {
-    device::Vector<T, kSize> dy[kBackwardAhead], y[kBackwardAhead], z[kBackwardAhead], residual_z[kBackwardAhead];
+    Packed<T, kSize> dy[kBackwardAhead], y[kBackwardAhead], z[kBackwardAhead], residual_z[kBackwardAhead];
     FUSEDRES_UNROLL
     for (int i = 0; i < kBackwardAhead; ++i) {
       const int64_t row = row0 + i * thread.down;
@@ -48,17 +58,16 @@ __global__ void __launch_bounds__(kTailThreads, kTailBlocks) drelu_dbn_kernel(co
     }
     FUSEDRES_UNROLL
     for (int i = 0; i < kBackwardAhead; ++i) {
-      float g[kSize];
+      float g[kSize], value[kSize];
+      dy[i].unpack(g);
+      if (problem.y) y[i].unpack(value);
       FUSEDRES_UNROLL
       for (int j = 0; j < kSize; ++j) {
-        g[j] = device::to_float(dy[i].value[j]);
-        if (problem.y && device::to_float(y[i].value[j]) <= 0.0f) g[j] = 0.0f;
+        if (problem.y && value[j] <= 0.0f) g[j] = 0.0f;
         sums[j] += g[j];  // beyond the rows g is 0, and nothing is added
-        if (problem.bn) sums[kSize + j] += g[j] * (device::to_float(z[i].value[j]) - mean[j]);
-        if (problem.residual_bn) {
-          sums[2 * kSize + j] += g[j] * (device::to_float(residual_z[i].value[j]) - residual_mean[j]);
-        }
       }
+      if (problem.bn) add_products(g, z[i], mean, sums + kSize);
+      if (problem.residual_bn) add_products(g, residual_z[i], residual_mean, sums + 2 * kSize);
       thread.store(problem.g, row0 + i * thread.down, g);
     }
   }

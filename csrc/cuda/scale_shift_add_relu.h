@@ -27,12 +27,12 @@ template <typename T, int kSize>
 __global__ void __launch_bounds__(kTailThreads, kTailBlocks)
     scale_shift_add_relu_kernel(const ScaleShiftAddReluProblem<T> problem) {
   const auto thread = TailThread<kSize>::of(problem.plan, problem.rows, problem.C);
-  device::Vector<T, kSize> z[kForwardAhead], r[kForwardAhead];
+  Packed<T, kSize> z[kForwardAhead], residual[kForwardAhead];
   FUSEDRES_UNROLL
   for (int i = 0; i < kForwardAhead; ++i) {
     const int64_t row = thread.row + i * thread.down;
     z[i] = thread.load(problem.z, row);
-    if (problem.residual) r[i] = thread.load(problem.residual, row);
+    if (problem.residual) residual[i] = thread.load(problem.residual, row);
   }
   float scale[kSize], shift[kSize], residual_scale[kSize], residual_shift[kSize];
   thread.load_channels(problem.bn, 2, scale);
@@ -43,14 +43,14 @@ __global__ void __launch_bounds__(kTailThreads, kTailBlocks)
   }
   FUSEDRES_UNROLL
   for (int i = 0; i < kForwardAhead; ++i) {
-    float y[kSize];
+    float y[kSize], added[kSize];
+    z[i].unpack(y);
+    if (problem.residual) residual[i].unpack(added);
     FUSEDRES_UNROLL
     for (int j = 0; j < kSize; ++j) {
-      y[j] = scale[j] * device::to_float(z[i].value[j]) + shift[j];
-      if (problem.residual) {
-        const float added = device::to_float(r[i].value[j]);
-        y[j] += problem.residual_bn ? residual_scale[j] * added + residual_shift[j] : added;
-      }
+      y[j] = scale[j] * y[j] + shift[j];
+      if (problem.residual_bn) added[j] = residual_scale[j] * added[j] + residual_shift[j];
+      if (problem.residual) y[j] += added[j];
       if (problem.relu) y[j] = device::relu(y[j]);
     }
     thread.store(problem.y, thread.row + i * thread.down, y);

@@ -25,6 +25,20 @@ auto with_width(int C, const Function& function) {
   return function(std::integral_constant<int, 1>{});
 }
 
+// kSize elements of T in as few registers as they fill; by itself each 16-bit element may be given one.
+template <typename T, int kSize>
+struct Packed {
+  using Word = std::conditional_t<kSize * sizeof(T) % 4 == 0, uint32_t, uint16_t>;
+  device::Vector<Word, kSize * sizeof(T) / sizeof(Word)> words;
+
+  FUSEDRES_DEVICE void unpack(float (&out)[kSize]) const {
+    T elements[kSize];
+    memcpy(elements, &words, sizeof(elements));
+    FUSEDRES_UNROLL
+    for (int j = 0; j < kSize; ++j) out[j] = device::to_float(elements[j]);
+  }
+};
+
 // The blocks of a launch: `columns` beside each other, and `parts` down the rows, of rows_each rows.
 struct TailPlan {
   int shift;  // 2^shift threads of a block lie beside each other, the others down the rows
@@ -67,8 +81,11 @@ struct TailThread {
 
   // Its channels of `at`, a row of a tensor (rows, C); zeros beyond its rows.
   template <typename T>
-  FUSEDRES_DEVICE device::Vector<T, kSize> load(const T* from, int64_t at) const {
-    return at < end ? device::load_vector<T, kSize>(from + at * C + channel) : device::Vector<T, kSize>{};
+  FUSEDRES_DEVICE Packed<T, kSize> load(const T* from, int64_t at) const {
+    using Word = typename Packed<T, kSize>::Word;
+    constexpr int kWords = kSize * sizeof(T) / sizeof(Word);
+    if (at >= end) return {};
+    return {device::load_vector<Word, kWords>(reinterpret_cast<const Word*>(from + at * C + channel))};
   }
   template <typename T>
   FUSEDRES_DEVICE void store(T* to, int64_t at, const float (&values)[kSize]) const {

@@ -201,13 +201,13 @@ def test_every_barrier_of_a_sum_is_needed(op: str) -> None:
         assert any(differs(barrier, order) for order in emulated.ORDERS), barrier
 
 
-@pytest.mark.parametrize(("op", "launches"), [("scale_shift_add_relu", 1), ("dbn", 1), ("bn_finalize", 1)])
+@pytest.mark.parametrize("op", ["scale_shift_add_relu", "dbn", "bn_finalize"])
 @pytest.mark.parametrize("n", [0, 2])
-def test_a_pass_is_a_launch(op: str, launches: int, n: int) -> None:
+def test_a_pass_is_a_launch(op: str, n: int) -> None:
     (arguments,) = (a for name, a in calls((n, 24, 3, 5), torch.float16) if name == op)
     totals: kernels.Totals = []
     getattr(kernels, op)(*arguments, totals=totals)
-    assert totals[0]["launches"] == (launches if n or op == "bn_finalize" else 0)
+    assert totals[0]["launches"] == (1 if n or op == "bn_finalize" else 0)
 
 
 @pytest.mark.parametrize("op", ["drelu_dbn", "channel_stats"])
