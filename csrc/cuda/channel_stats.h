@@ -21,7 +21,7 @@ struct ChannelStatsProblem {
   TailPlan plan{};
 };
 
-constexpr int kRun = 8;  // rows whose moments are taken at once
+constexpr int kRun = 4;  // rows whose moments are taken at once
 
 // Of kSize channels with the same count.
 template <int kSize>
