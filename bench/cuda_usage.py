@@ -20,13 +20,20 @@ from setup import cuda_toolkit
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
 TOOLKIT = cuda_toolkit(os.environ)
-#: Headers with kernels; each says how all that it ships is instantiated.
+#: Headers with kernels; each says how all that it ships is instantiated, in float16 and bfloat16.
 FAMILIES = {
     "bottleneck_fprop": "bottleneck_fprop<T>({}, 1, 0, -1, launch)",
     "basic_block_fprop": "basic_block_fprop<T>({}, 0, -1, launch)",
     "stem_fprop": "stem_fprop<T>({}, 0, 0, launch)",
     "head_fprop": "head_fprop<T>({}, 0, launch)",
+    "scale_shift_add_relu": "scale_shift_add_relu<T>({}, launch)",
+    "drelu_dbn": "drelu_dbn<T>({}, launch)",
+    "dbn": "dbn<T>({}, launch)",
+    "channel_stats": "channel_stats<T>({}, launch)",
+    "bn_finalize": "bn_finalize<T>({}, launch)",
 }
+#: Those that have kernels for float32 too.
+TAILS = ("scale_shift_add_relu", "drelu_dbn", "dbn", "channel_stats", "bn_finalize")
 
 
 class Multiprocessor(NamedTuple):
@@ -66,8 +73,7 @@ template <typename T> void instantiate() {{
   const Launch launch;
   {call};
 }}
-template void instantiate<device::half>();
-template void instantiate<device::bfloat16>();
+{instances}
 }}
 """
 
@@ -76,7 +82,11 @@ _SHAPES = """
 #include <dlfcn.h>
 #include "cuda/basic_block_fprop.h"
 #include "cuda/bottleneck_fprop.h"
+#include "cuda/channel_stats.h"
+#include "cuda/dbn.h"
+#include "cuda/drelu_dbn.h"
 #include "cuda/head_fprop.h"
+#include "cuda/scale_shift_add_relu.h"
 #include "cuda/stem_fprop.h"
 using namespace fusedres::cuda;
 using T = fusedres::device::half;
@@ -112,6 +122,22 @@ void head(const char* label, int images, int C, int S, int F) {{
   HeadProblem<T> p{{}};
   p.N = images, p.S = S, p.C = C, p.F = F;
   head_fprop(p, limit, Record{{label}});
+}}
+template <template <typename> class Problem>
+Problem<T> tail(int C, int side) {{
+  Problem<T> p{{}};
+  p.rows = int64_t{{N}} * side * side, p.C = C;
+  return p;
+}}
+void forward_tail(const char* label, int C, int side) {{
+  scale_shift_add_relu(tail<ScaleShiftAddReluProblem>(C, side), Record{{label}});
+}}
+void backward_tail(const char* label, int C, int side) {{
+  drelu_dbn(tail<DreluDbnProblem>(C, side), Record{{label}});
+}}
+void gradient(const char* label, int C, int side) {{ dbn(tail<DbnProblem>(C, side), Record{{label}}); }}
+void statistics(const char* label, int C, int side) {{
+  channel_stats(tail<ChannelStatsProblem>(C, side), Record{{label}});
 }}
 int main() {{
 {calls}
@@ -174,7 +200,9 @@ def _nvcc() -> str:
 @functools.cache
 def _report(family: str, arch: str) -> str:
     """What ptxas says of the kernels of ``family``; RuntimeError where they do not compile."""
-    source = _SOURCE.format(family=family, call=FAMILIES[family])
+    dtypes = ["device::half", "device::bfloat16", *(["float"] if family in TAILS else [])]
+    instances = "\n".join(f"template void instantiate<{dtype}>();" for dtype in dtypes)
+    source = _SOURCE.format(family=family, call=FAMILIES[family], instances=instances)
     flags = ["-std=c++17", "-O3", "-Xptxas", "-v", f"-arch=sm_{arch}", "-cubin"]
     state = hashlib.sha256(repr((source, flags, nvcc_release())).encode())
     for path in sorted([*(CSRC / "cuda").glob("*.h"), *(CSRC / "device").glob("*.h")]):
@@ -222,4 +250,5 @@ def _plain_name(demangled: str) -> str:
     name = re.sub(r"\(fusedres::.*\)$", "", demangled).removeprefix("void ")
     name = re.sub(r"__half|fusedres::device::half", "float16", name)
     name = re.sub(r"__nv_bfloat16|fusedres::device::bfloat16", "bfloat16", name)
+    name = re.sub(r"<float\b", "<float32", name)
     return name.replace("fusedres::cuda::", "").replace("_kernel<", "<").replace("> >", ">>")

@@ -38,6 +38,11 @@ STABLE_TORCH_LIBRARY_IMPL(fusedres_cuda, CUDA, m) {
   m.impl("basic_block_fprop", TORCH_BOX(&basic_block_fprop));
   m.impl("stem_fprop", TORCH_BOX(&stem_fprop));
   m.impl("head_fprop", TORCH_BOX(&head_fprop));
+  m.impl("scale_shift_add_relu", TORCH_BOX(&scale_shift_add_relu));
+  m.impl("drelu_dbn", TORCH_BOX(&drelu_dbn));
+  m.impl("dbn", TORCH_BOX(&dbn));
+  m.impl("channel_stats", TORCH_BOX(&channel_stats));
+  m.impl("bn_finalize", TORCH_BOX(&bn_finalize));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedres_cuda, CompositeExplicitAutograd, m) {

@@ -178,4 +178,25 @@ def caller(op: str) -> Callable[..., Any]:
             return tuning.fastest(op, engine, (first, *args))(first, *args)
         return getattr(engine, op)(first, *args)
 
-    return tuned_call if op in tuning.OPS else call
+    chosen = tuned_call if op in tuning.OPS else call
+    return _with_statistics(chosen) if op == "conv_fprop" else chosen
+
+
+def _with_statistics(conv_fprop: Callable[..., Any]) -> Callable[..., Any]:
+    """``conv_fprop``, but an engine asked for by name makes the statistics that its engine would make apart."""
+
+    def call(x: torch.Tensor, *args: Any) -> Any:
+        *conv, genstats = args
+        first = ENGINES.get(forced() or "") if genstats else None
+        if first is None or not _makes_statistics(first, x.device.type, x.dtype):
+            return conv_fprop(x, *args)
+        y, _ = conv_fprop(x, *conv, False)
+        return y, first.channel_stats(y)
+
+    return call
+
+
+def _makes_statistics(first: Engine, device_type: str, dtype: torch.dtype) -> bool:
+    of_conv = choose("conv_fprop", device_type, dtype).engine
+    is_apart = of_conv is not first and of_conv.statistics_apart
+    return is_apart and first.rejects("channel_stats", device_type, dtype) is None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -28,9 +28,9 @@ class Row(NamedTuple):
 
     ``engine`` is the engine of its convolutions, or "eager" where its modules run one by one, as a head's do;
     ``folded`` the one that runs it in eval without gradients, BN folded. ``reason`` says why modules run one by one,
-    why preferred engines were passed over for some op or for the folded form, and why a downsample runs by itself; it
-    is empty where nothing does. Within ``autotune`` it also has what was chosen by measurement for the row's convs, on
-    every problem met so far.
+    why preferred engines were passed over for some op or for the folded form, which ops another engine computes than
+    that of the convolutions, and why a downsample runs by itself; it is empty where nothing does. Within ``autotune``
+    it also has what was chosen by measurement for the row's convs, on every problem met so far.
     """
 
     name: str
@@ -129,8 +129,18 @@ def _row(name: str, kind: str, chain: Chain, outline: EvalChain[FoldedConv], als
     choices = [dispatch.choose(op, weight.device.type, weight.dtype) for op in _OPS]
     folded = dispatch.choose_folded(outline)
     reasons = [f"{engine}: {why}" for choice in (*choices, folded) for engine, why in choice.passed_over]
-    reasons += [*also, *_tuned(chain)]
+    reasons += [*also, *_computed_elsewhere(choices), *_tuned(chain)]
     return Row(name, kind, choices[0].engine.name, folded.engine.name, "; ".join(dict.fromkeys(reasons)))
+
+
+def _computed_elsewhere(choices: Sequence[dispatch.Choice]) -> Iterator[str]:
+    """Which of ``_OPS`` another engine computes than that of the first."""
+    others: dict[str, list[str]] = {}
+    for op, choice in zip(_OPS, choices, strict=True):
+        if choice.engine is not choices[0].engine:
+            others.setdefault(choice.engine.name, []).append(op)
+    for engine, computed in others.items():
+        yield f"{engine} computes {', '.join(computed)}"
 
 
 def _tuned(chain: Chain) -> Iterator[str]:

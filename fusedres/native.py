@@ -59,7 +59,8 @@ _CPU_SCHEMAS = (
     "fingerprint(Tensor[] tensors) -> Tensor",
 )
 
-#: Blocks with folded BN (csrc/cuda/ops.h): float16 | bfloat16 activations and weights, 16-byte aligned, float32 biases.
+#: csrc/cuda/ops.h. First blocks with folded BN: float16 | bfloat16 activations and weights, 16-byte aligned, float32
+#: biases. Then a training step's tails, for float32 too, and aligned where C allows accesses of 16 bytes.
 _CUDA_SCHEMAS = (
     "bottleneck_fprop(Tensor x, Tensor w1, Tensor bias1, Tensor w2, Tensor bias2, Tensor w3, Tensor bias3,"
     " Tensor? w_shortcut, int stride) -> Tensor",
@@ -70,6 +71,14 @@ _CUDA_SCHEMAS = (
     "stem_fprop(Tensor x, Tensor w, Tensor bias) -> Tensor",
     # w (F, C), bias (F,) in the dtype of x (N, C, H, W): the fully connected layer of the means over H and W, (N, F).
     "head_fprop(Tensor x, Tensor w, Tensor? bias) -> Tensor",
+    "scale_shift_add_relu(Tensor z, Tensor bn, Tensor? residual, Tensor? residual_bn, bool relu) -> Tensor",
+    "drelu_dbn(Tensor dy, Tensor? y, Tensor? z, Tensor? bn, Tensor? residual_z, Tensor? residual_bn)"
+    " -> (Tensor, Tensor, Tensor)",
+    "dbn(Tensor g, Tensor? z, Tensor bn, Tensor? sums, float inv_count) -> Tensor",
+    "channel_stats(Tensor z) -> Tensor",
+    # Vectors (K,) of one dtype, stats float32; the counter int64.
+    "bn_finalize(Tensor stats, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var,"
+    " Tensor(c!)? num_batches_tracked, float? momentum, float eps) -> Tensor",
     # Bytes of shared memory that a thread block needs at least.
     "bottleneck_shared_bytes(int width, int stride) -> int",
     "basic_block_shared_bytes(int width) -> int",

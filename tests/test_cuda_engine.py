@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fusedres
-from fusedres import FusedBasicBlock, FusedBottleneck, FusedConvBNReLU, native
+from fusedres import FusedBasicBlock, FusedBottleneck, FusedConvBNReLU, dispatch, native
 from fusedres.account import built_in_chain
 from fusedres.engines.block_kernels import Chain, form_reason, kernel_of, size_reason, stem_weight
 from fusedres.engines.cuda import CUDA
@@ -112,6 +112,26 @@ def test_only_half_dtypes_on_cuda_are_served(dtype: torch.dtype, served: bool) -
     reason = CUDA._tensor_reason("cuda", dtype)
     assert (reason == f"it has no kernels for {dtype}") == (not served)
     assert CUDA._tensor_reason("cpu", dtype) == "it computes on CUDA devices, the tensors are on cpu"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_tails_are_served_by_name_alone_and_convs_never(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CUDA, "missing", None)
+    dispatch._choose.cache_clear()
+    served = dtype != torch.float64
+    try:
+        for op in ("scale_shift_add_relu", "drelu_dbn", "dbn", "bn_finalize"):
+            with fusedres.engine("cuda"):
+                assert (dispatch.choose(op, "cuda", dtype).engine is CUDA) == served
+            unnamed = dispatch.choose(op, "cuda", dtype)
+            assert unnamed.engine is not CUDA
+            reason = "nobody has measured its tails on a GPU" if served else "it has no kernels for torch.float64"
+            assert unnamed.passed_over[0] == ("cuda", reason)
+        with fusedres.engine("cuda"):
+            for op in ("conv_fprop", "conv_dgrad", "conv_wgrad", "bn_fold"):
+                assert dispatch.choose(op, "cuda", dtype).engine is not CUDA
+    finally:
+        dispatch._choose.cache_clear()
 
 
 def test_a_library_without_cuda_kernels_is_a_reason() -> None:

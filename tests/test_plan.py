@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fusedres
 from fusedres import dispatch, measure, plan
 from fusedres.cli.networks import EagerBlock
+from fusedres.engines.cuda import CUDA
 from fusedres.plan import Launch
 from fusedres.traffic import traffic_of
 
@@ -79,6 +80,21 @@ def test_fused_traffic_of_a_bottleneck() -> None:
     assert activations(cuda, "backward") == 58
     ops = Counter(launch.ops[0] for launch in cuda)
     assert ops["fusedres::drelu_dbn"] + ops["fusedres::conv_wgrad"] + ops["fusedres::conv_dgrad"] == 7
+
+
+def test_tails_of_an_engine_asked_for_by_name_stand_between_the_convs_of_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("triton", reason="needs triton: its engine plans for CUDA")
+    planned = walked(bottleneck(), True, "cuda")
+    monkeypatch.setattr(CUDA, "missing", None)
+    dispatch._choose.cache_clear()
+    with fusedres.engine("cuda"):
+        assert dispatch.choose("drelu_dbn", "cuda", torch.float32).engine is CUDA
+        assert dispatch.choose("conv_fprop", "cuda", torch.float32).engine.name == "triton"
+        by_name = walked(bottleneck(), True, "cuda")
+    dispatch._choose.cache_clear()
+    assert [(launch.ops, launch.bytes) for launch in by_name] == [(launch.ops, launch.bytes) for launch in planned]
 
 
 @pytest.mark.parametrize("downsample", [False, True])

@@ -26,20 +26,21 @@ inline void check_cuda(cudaError_t status, const char* call) {
   require(status == cudaSuccess, call, ": ", cudaGetErrorString(status));
 }
 
-// A dense tensor of `dtype` and `sizes` on the device of `like`, aligned to `alignment` bytes: one size or two, or four
-// and channels_last, (K, C, R, S) as (K, R, S, C) in memory.
+// A dense tensor of `dtype` and `sizes` on the device of `like`, aligned to `alignment` bytes; four sizes mean
+// channels_last, (K, C, R, S) as (K, R, S, C) in memory.
 inline void check_tensor(const Tensor& tensor, const char* name, const Tensor& like, ScalarType dtype,
                          const std::vector<int64_t>& sizes, size_t alignment) {
   const auto actual = tensor.sizes(), strides = tensor.strides();
   bool matches = tensor.is_cuda() && tensor.get_device_index() == like.get_device_index() &&
                  tensor.scalar_type() == dtype && actual.size() == sizes.size();
-  const std::vector<int> order = sizes.size() == 4   ? std::vector<int>{1, 3, 2, 0}
-                                 : sizes.size() == 2 ? std::vector<int>{1, 0}
-                                                     : std::vector<int>{0};
+  std::vector<size_t> order(sizes.size());
+  for (size_t i = 0; i < order.size(); ++i) order[i] = order.size() - 1 - i;
+  if (sizes.size() == 4) order = {1, 3, 2, 0};
+  const bool is_empty = tensor.numel() == 0;  // then no stride has a meaning
   int64_t stride = 1;
   for (size_t i = 0; matches && i < order.size(); ++i) {
-    const int axis = order[i];
-    matches = actual[axis] == sizes[axis] && (sizes[axis] == 1 || strides[axis] == stride);
+    const size_t axis = order[i];
+    matches = actual[axis] == sizes[axis] && (is_empty || sizes[axis] == 1 || strides[axis] == stride);
     stride *= sizes[axis];
   }
   std::ostringstream expected;
@@ -48,6 +49,10 @@ inline void check_tensor(const Tensor& tensor, const char* name, const Tensor& l
           " device with sizes", expected.str());
   require(reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % alignment == 0, name, " is not aligned to ", alignment,
           " bytes");
+}
+
+inline Tensor new_tensor(const Tensor& like, ScalarType dtype, const std::vector<int64_t>& sizes) {
+  return torch::stable::empty(sizes, dtype, std::nullopt, like.device());
 }
 
 inline Tensor new_map(const Tensor& like, const std::vector<int64_t>& sizes) {
@@ -63,9 +68,26 @@ void for_half_dtype(ScalarType dtype, const Function& function) {
   require(false, "no CUDA kernel for ", torch::headeronly::toString(dtype), ", only for float16 and bfloat16");
 }
 
+// The same, for float32 too.
+template <typename Function>
+void for_any_dtype(ScalarType dtype, const Function& function) {
+  if (dtype == ScalarType::Float) return function(float{});
+  for_half_dtype(dtype, function);
+}
+
 template <typename T>
 const T* data(const Tensor& tensor) {
   return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <typename T>
+const T* data(const MaybeTensor& tensor) {
+  return tensor ? data<T>(*tensor) : nullptr;
+}
+
+template <typename T>
+T* mutable_data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
 // The launcher of a device: PyTorch's current stream there, no synchronisation, every call checked.

@@ -17,11 +17,8 @@ Tensor head_fprop(const Tensor& x, const Tensor& w, const MaybeTensor& bias) {
   check_tensor(w, "w", x, dtype, {F, C}, 16);
   if (bias) check_tensor(*bias, "bias", x, dtype, {F}, 2);
   const Launcher launcher(x);
-  const auto dense = [&](const std::vector<int64_t>& sizes, ScalarType of) {
-    return torch::stable::empty(sizes, of, std::nullopt, x.device());
-  };
-  const Tensor y = dense({N, F}, dtype), pooled = dense({N, C}, dtype);
-  const Tensor counters = dense({head_counters(N)}, ScalarType::Int);
+  const Tensor y = new_tensor(x, dtype, {N, F}), pooled = new_tensor(x, dtype, {N, C});
+  const Tensor counters = new_tensor(x, ScalarType::Int, {head_counters(N)});
   launcher.zero(counters.mutable_data_ptr(), sizeof(unsigned) * head_counters(N));
   for_half_dtype(dtype, [&](auto element) {
     using T = decltype(element);

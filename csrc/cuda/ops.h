@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <tuple>
 
 namespace fusedres::cuda {
 
@@ -34,5 +35,27 @@ torch::stable::Tensor stem_fprop(const torch::stable::Tensor& x, const torch::st
 // x (N, C, H, W) as above, w (F, C) and bias (F,) or none of its dtype: the fully connected layer of x's means, (N, F).
 torch::stable::Tensor head_fprop(const torch::stable::Tensor& x, const torch::stable::Tensor& w,
                                  const std::optional<torch::stable::Tensor>& bias);
+
+// The ops of fusedres/ops.py of these names, and channel_stats: z (N, C, H, W) -> (3, C) rows count, mean, M2. All
+// activations are channels_last and of one dtype, float32, float16 or bfloat16, aligned to 16 bytes where C elements
+// are a multiple of 16 bytes; other vectors float32. The vectors of bn_finalize are of one of those dtypes, too.
+torch::stable::Tensor scale_shift_add_relu(const torch::stable::Tensor& z, const torch::stable::Tensor& bn,
+                                           const std::optional<torch::stable::Tensor>& residual,
+                                           const std::optional<torch::stable::Tensor>& residual_bn, bool relu);
+std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor> drelu_dbn(
+    const torch::stable::Tensor& dy, const std::optional<torch::stable::Tensor>& y,
+    const std::optional<torch::stable::Tensor>& z, const std::optional<torch::stable::Tensor>& bn,
+    const std::optional<torch::stable::Tensor>& residual_z, const std::optional<torch::stable::Tensor>& residual_bn);
+torch::stable::Tensor dbn(const torch::stable::Tensor& g, const std::optional<torch::stable::Tensor>& z,
+                          const torch::stable::Tensor& bn, const std::optional<torch::stable::Tensor>& sums,
+                          double inv_count);
+torch::stable::Tensor channel_stats(const torch::stable::Tensor& z);
+torch::stable::Tensor bn_finalize(const torch::stable::Tensor& stats,
+                                  const std::optional<torch::stable::Tensor>& weight,
+                                  const std::optional<torch::stable::Tensor>& bias,
+                                  const std::optional<torch::stable::Tensor>& running_mean,
+                                  const std::optional<torch::stable::Tensor>& running_var,
+                                  const std::optional<torch::stable::Tensor>& counter, std::optional<double> momentum,
+                                  double eps);
 
 }  // namespace fusedres::cuda

@@ -22,4 +22,5 @@ PYBIND11_MODULE(fusedres_emulator, module) {
   bind_basic_block(module);
   bind_stem(module);
   bind_head(module);
+  bind_tails(module);
 }

@@ -87,6 +87,9 @@ class Engine:
     #: FLOPs that take as long as a byte of memory traffic. They decide which widening pointwise convs run without
     #: storing their output, through the ``pointwise_*`` ops: more arithmetic, less traffic. 0: none.
     flops_per_byte: int = 100
+    #: Whether the statistics of a conv's output are a pass of their own: an engine asked for by name that has
+    #: ``channel_stats`` and no convs then makes them.
+    statistics_apart: bool = False
     #: Whether what its chains call is recorded and replayed (``fusedres.replay``): where the host would be late.
     replays: bool = False
     #: Whether blocks of a stage share an autograd Function unless told (``fusedres.stages``): where that was measured.

@@ -36,6 +36,7 @@ class CuDNNEngine(Engine):
 
     name = "cudnn"
     replays = True
+    statistics_apart = True
 
     def rejects(self, op: str, device_type: str, dtype: torch.dtype) -> str | None:
         reason = TRITON.rejects("conv_fprop" if op in _PRODUCTS else op, device_type, dtype)

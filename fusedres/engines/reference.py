@@ -14,6 +14,7 @@ from fusedres.engines import Engine
 class ReferenceEngine(Engine):
     name = "reference"
     fuses_prologue = True
+    statistics_apart = True
 
     def rejects(self, op: str, device_type: str, dtype: torch.dtype) -> str | None:
         return None

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from unittest import mock
 
 import emulated
+import emulated_tails
 import torch
 from build_emulator import load
 from torch import Tensor
@@ -54,6 +55,11 @@ for _name, _function in (
     ("basic_block_fprop", _basic_block),
     ("stem_fprop", _stem),
     ("head_fprop", _head),
+    ("scale_shift_add_relu", emulated_tails.scale_shift_add_relu),
+    ("drelu_dbn", emulated_tails.drelu_dbn),
+    ("dbn", emulated_tails.dbn),
+    ("channel_stats", emulated_tails.channel_stats),
+    ("bn_finalize", emulated_tails.bn_finalize),
 ):
     _library.impl(_name, _function, "CPU")
 

@@ -24,6 +24,8 @@ SUITE = (
     " or test_basic_block_fprop.py and ragged and not bfloat16 and (24 or 136) and 13"
     " or test_stem_fprop.py and accurate and not bfloat16 and (33 or 136 or 45)"
     " or test_head_fprop.py and accurate and not bfloat16 and (33 or 37)"
+    " or test_tails.py and float16 and not bfloat16 and (projection or both or batch or finalize or stats or empty)"
+    " and not (100 or 31)"
 )
 
 
