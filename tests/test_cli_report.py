@@ -13,6 +13,7 @@ import pytest
 from fusedres import cli
 from fusedres.cli import page, plot, results, scaling, tables
 from fusedres.cli.contest import CHANNELS_LAST, FUSED, NCHW
+from fusedres.cli.peers import FROZEN
 from fusedres.cli.results import Ratio
 
 
@@ -175,6 +176,14 @@ def test_page_of_two_results_has_a_section_for_each(result: dict[str, Any]) -> N
     found.feed(page_of(result, result | {"scaling": []}))
     assert found.tags.count("section") == 2
     assert found.tags.count("img") == 5 + 4
+
+
+def test_fused_with_frozen_weights_is_no_peer_to_be_faster_than() -> None:
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    taken = {**made.samples(nchw=0.09, channels_last=0.08, OpenVINO=0.05, fused=0.04), FROZEN: made.rounds(0.03)}
+    found = page_of(made.result(made.timing("eval", 1, taken)))
+    assert "<small>1.25x OpenVINO</small>" in found
+    assert f"x {FROZEN}</small>" not in found
 
 
 def test_names_in_a_result_are_text_not_markup(result: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from html import escape
 
 from fusedres.cli import plot, results, tables
 from fusedres.cli.contest import EAGER
+from fusedres.cli.peers import FROZEN
 from fusedres.cli.plot import Drawn
 from fusedres.cli.results import Result, Row
 from fusedres.cli.tables import Table
@@ -100,7 +101,7 @@ def _list(facts: Mapping[str, str]) -> str:
 
 
 def _headline(timing: Row) -> str:
-    peers = {name: ratio for name, ratio in timing["ratio_to"].items() if name not in EAGER}
+    peers = {name: ratio for name, ratio in timing["ratio_to"].items() if name not in (*EAGER, FROZEN)}
     fastest = min(peers, key=lambda name: peers[name], default=None)
     beside = f"<small>{peers[fastest]:.2f}x {escape(fastest)}</small>" if fastest else ""
     return f"<li><b>{timing['ratio']:.2f}x</b>{escape(timing['mode'])}, batch {timing['batch']}{beside}</li>"

@@ -18,6 +18,7 @@ from fusedres import freeze, fuse, measure
 from fusedres.cli import convert
 
 EVAL, TRAIN = "eval", "train"
+FROZEN = "fused, frozen"
 
 Run = Callable[[Tensor], Tensor]
 #: ``(arch, model, x) -> run``; ``model`` is a copy of the eager one, channels_last, in the mode that is timed.
@@ -237,7 +238,7 @@ def _apex(arch: str, model: nn.Module, x: Tensor) -> Run:
 _CUDA = ("cuda",)
 
 PEERS = (
-    Peer("fused, frozen", _frozen),
+    Peer(FROZEN, _frozen),
     Peer("torch.compile", _compiled(), modes=(EVAL, TRAIN)),
     Peer("torch.compile max-autotune", _compiled(mode="max-autotune"), modes=(EVAL, TRAIN)),
     Peer("torch.compile freezing", _compiled(options={"freezing": True})),

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 from fusedres.cli import results, scaling, tables
 from fusedres.cli.common import UserError, write
 from fusedres.cli.contest import CHANNELS_LAST, FUSED, NCHW
+from fusedres.cli.peers import FROZEN
 from fusedres.cli.results import Result, Row
 
-COLORS = {NCHW: "#c4c9d1", CHANNELS_LAST: "#8d96a5", FUSED: "#1f6fb4"}
+COLORS = {NCHW: "#c4c9d1", CHANNELS_LAST: "#8d96a5", FUSED: "#1f6fb4", FROZEN: "#7fb0de"}
 PEER = "#d9a441"
 SCALING = "scaling"
 SUFFIXES = (".png", ".svg", ".pdf")
