@@ -116,7 +116,7 @@ def test_a_changed_network_gives_what_a_copy_that_never_ran_gives(name: str, cha
     expected = copy.deepcopy(fresh)(x)
     assert not torch.equal(expected, before)
     for _ in range(3):
-        torch.testing.assert_close(net(x), expected if change != "training" else fresh(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(net(x), expected if change != "training" else fresh(x), rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

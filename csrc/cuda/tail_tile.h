@@ -112,6 +112,7 @@ FUSEDRES_DEVICE void merge_down(const TailPlan& plan, float (&mine)[kCount], flo
   static_assert(kCount % 4 == 0, "vectors of 16 bytes");
   const int thread = static_cast<int>(threadIdx.x);
   for (int threads = kTailThreads / 2; threads >= plan.across(); threads /= 2) {
+    if (threads < kTailThreads / 2) __syncthreads();  // `scratch` was read
     if (thread >= threads && thread < 2 * threads) {
       FUSEDRES_UNROLL
       for (int i = 0; i < kCount; i += 4) {
@@ -130,7 +131,6 @@ FUSEDRES_DEVICE void merge_down(const TailPlan& plan, float (&mine)[kCount], flo
       }
       merge(mine, other);
     }
-    __syncthreads();
   }
 }
 

@@ -20,7 +20,9 @@ import torch
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 COMPILER = os.environ.get("CXX", "g++")
-FLAGS = ("-std=c++17", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-pthread")
+#: One path through a kernel must not become two, for faults are planted in calls as the machine code has them.
+ONE_PATH = ("-fno-thread-jumps", "-fno-split-paths")
+FLAGS = ("-std=c++17", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-pthread", *ONE_PATH)
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O1")
 MODULES = {
     "fusedres_emulator": CSRC / "emulator",

@@ -161,7 +161,8 @@ def test_every_barrier_wait_and_fence_is_missed(all_problems: list[Problem]) -> 
     assert dropped
     for number, (call, kind) in enumerate(dropped):
         messages = [problem.hazard(drop=call) or "nothing" for problem in all_problems if call in problem.calls]
-        assert any("racecheck: block" in message for message in messages), (number, kind, messages)
+        found = ("racecheck: block", "deadlock")  # the latter where one thread alone comes by a copy of the call
+        assert any(word in message for message in messages for word in found), (number, kind, messages)
 
 
 def test_every_access_one_row_or_element_further_on_shows(problems: list[Problem]) -> None:

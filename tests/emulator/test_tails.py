@@ -187,20 +187,6 @@ def test_the_order_of_threads_changes_no_bit_and_a_second_run_neither(size: tupl
             assert all(map(torch.equal, found.values(), expected.values())), (op, order)
 
 
-@pytest.mark.parametrize("op", ["drelu_dbn", "channel_stats"])
-def test_every_barrier_of_a_sum_is_needed(op: str) -> None:
-    """Without the first or the second of a step, some order of the threads gives something else."""
-    (arguments,) = (a for name, a in calls((3, 24, 13, 11), torch.float16) if name == op)
-    expected = rows(getattr(kernels, op)(*arguments))
-
-    def differs(barrier: int, order: tuple[str, int]) -> bool:
-        found = rows(getattr(kernels, op)(*arguments, run=emulated.options(*order, drop_barrier=barrier)))
-        return not all(torch.equal(a, b) for a, b in zip(found.values(), expected.values(), strict=True))
-
-    for barrier in (0, 1):
-        assert any(differs(barrier, order) for order in emulated.ORDERS), barrier
-
-
 @pytest.mark.parametrize("op", ["scale_shift_add_relu", "dbn", "bn_finalize"])
 @pytest.mark.parametrize("n", [0, 2])
 def test_a_pass_is_a_launch(op: str, n: int) -> None:

@@ -213,6 +213,12 @@ def eval_chain(d: Draw) -> tuple[Any, ...]:
     return d.map(size, dtype), residual, weights, packed, vectors, eps, geometry, identity, projection, relu
 
 
+def head_fprop(d: Draw) -> tuple[Any, ...]:
+    size, dtype, features = d.size(), d.one_of(*CONV_FLOATS), d.random.randint(1, 70)
+    w = d.tensor(features, size[1], dtype=dtype)
+    return d.map(size, dtype), w, d.maybe(d.tensor(features, dtype=dtype))
+
+
 def conv_wgrad(d: Draw) -> tuple[Any, ...]:
     size, dtype, k = d.size(), d.one_of(*FLOATS), d.size()[1]
     kernel, stride, padding, dilation = d.geometry(size)
@@ -260,8 +266,8 @@ RIGHT: dict[str, Callable[[Draw], tuple[Any, ...]]] = {
             bn_relu_maxpool,
             bn_relu_maxpool_backward,
         ),
-        *(conv_pack, conv_fprop, conv_dgrad, eval_chain, conv_wgrad, centered_wgrad, input_moments, max_abs),
-        fingerprint,
+        *(conv_pack, conv_fprop, conv_dgrad, eval_chain, head_fprop, conv_wgrad, centered_wgrad, input_moments),
+        *(max_abs, fingerprint),
     )
 }
 
