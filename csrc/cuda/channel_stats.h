@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kTailThreads, kTailBlocks)
   using Moments = ChannelMoments<kSize>;
   const auto thread = TailThread<kSize>::of(problem.plan, problem.rows, problem.C);
   device::SharedArena arena;
-  float* scratch = arena.take<float>(merge_floats<Moments::kFloats>);
+  float* scratch = arena.take<float>(merge_floats(Moments::kFloats));
   float first[kSize], packed[Moments::kFloats];
   device::load_floats(problem.x + thread.channel, thread.channel < problem.C ? kSize : 0, 0.0f, first);
   Moments moments{};
@@ -142,27 +142,18 @@ __global__ void __launch_bounds__(kTailThreads, kTailBlocks)
   thread.store_channels(problem.stats, 2, m2);
 }
 
-inline TailPlan channel_stats_plan(int64_t rows, int C, int width) {
-  return tail_plan(rows, C, width, kRun, kSumBlocks);
-}
-
 // How many parts a launch leaves moments of.
 template <typename T>
 int64_t channel_stats_parts(int64_t rows, int C) {
-  return with_width<T>(C, [&](auto width) { return channel_stats_plan(rows, C, width.value).parts; });
+  return sum_parts<T>(rows, C, kRun);
 }
 
 // Without rows all is zero; without channels nothing is launched.
 template <typename T, typename Launch>
-void channel_stats(ChannelStatsProblem<T> problem, Launch&& launch) {
-  if (problem.C == 0) return;
-  with_width<T>(problem.C, [&](auto width) {
-    problem.plan = channel_stats_plan(problem.rows, problem.C, width.value);
-    const LaunchShape shape{static_cast<unsigned>(problem.plan.blocks()), kTailThreads,
-                            sizeof(float) * merge_floats<ChannelMoments<width.value>::kFloats>};
-    if (shape.grid > 0) launch(shape, channel_stats_kernel<T, width.value>, problem);
-  });
-  launch(merge_shape(problem.C), channel_stats_merge_kernel<T>, problem);
+void channel_stats(const ChannelStatsProblem<T>& problem, Launch&& launch) {
+  launch_sum<T>(
+      problem, kRun, [](auto width) { return ChannelMoments<width.value>::kFloats; },
+      [](auto width) { return channel_stats_kernel<T, width.value>; }, channel_stats_merge_kernel<T>, launch);
 }
 
 }  // namespace fusedres::cuda

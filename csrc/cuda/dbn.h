@@ -61,14 +61,8 @@ __global__ void __launch_bounds__(kTailThreads, kTailBlocks) dbn_kernel(const Db
 
 // False, and no launch, where a grid cannot have as many blocks.
 template <typename T, typename Launch>
-bool dbn(DbnProblem<T> problem, Launch&& launch) {
-  return with_width<T>(problem.C, [&](auto width) {
-    problem.plan = tail_plan(problem.rows, problem.C, width.value, kDbnAhead, 0);
-    if (problem.plan.blocks() > INT32_MAX) return false;
-    const LaunchShape shape{static_cast<unsigned>(problem.plan.blocks()), kTailThreads, 0};
-    if (shape.grid > 0) launch(shape, dbn_kernel<T, width.value>, problem);
-    return true;
-  });
+bool dbn(const DbnProblem<T>& problem, Launch&& launch) {
+  return launch_pass<T>(problem, kDbnAhead, [](auto width) { return dbn_kernel<T, width.value>; }, launch);
 }
 
 }  // namespace fusedres::cuda

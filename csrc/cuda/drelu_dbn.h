@@ -27,6 +27,10 @@ struct DreluDbnProblem {
 constexpr int kBackwardAhead = 2;  // rows that a thread loads at once
 constexpr int kBackwardSums = 3;
 
+// Of a thread with kSize channels, in whole vectors.
+template <int kSize>
+constexpr int kBackwardFloats = device::round_up(kBackwardSums * kSize, 4);
+
 // sums += g*(z - mean).
 template <typename T, int kSize>
 FUSEDRES_DEVICE void add_products(const float (&g)[kSize], const Packed<T, kSize>& z, const float (&mean)[kSize],
@@ -39,10 +43,10 @@ FUSEDRES_DEVICE void add_products(const float (&g)[kSize], const Packed<T, kSize
 
 template <typename T, int kSize>
 __global__ void __launch_bounds__(kTailThreads, kTailBlocks) drelu_dbn_kernel(const DreluDbnProblem<T> problem) {
-  constexpr int kSums = device::round_up(kBackwardSums * kSize, 4);
+  constexpr int kSums = kBackwardFloats<kSize>;
   const auto thread = TailThread<kSize>::of(problem.plan, problem.rows, problem.C);
   device::SharedArena arena;
-  float* scratch = arena.take<float>(merge_floats<kSums>);
+  float* scratch = arena.take<float>(merge_floats(kSums));
   float sums[kSums] = {}, mean[kSize], residual_mean[kSize];
   if (problem.bn) thread.load_channels(problem.bn, 0, mean);
   if (problem.residual_bn) thread.load_channels(problem.residual_bn, 0, residual_mean);
@@ -118,28 +122,18 @@ __global__ void __launch_bounds__(kTailThreads, kTailBlocks) drelu_dbn_merge_ker
   }
 }
 
-inline TailPlan drelu_dbn_plan(int64_t rows, int C, int width) {
-  return tail_plan(rows, C, width, kBackwardAhead, kSumBlocks);
-}
-
 // How many parts a launch leaves partials of.
 template <typename T>
 int64_t drelu_dbn_parts(int64_t rows, int C) {
-  return with_width<T>(C, [&](auto width) { return drelu_dbn_plan(rows, C, width.value).parts; });
+  return sum_parts<T>(rows, C, kBackwardAhead);
 }
 
 // Without rows the sums are zeros; without channels nothing is launched.
 template <typename T, typename Launch>
-void drelu_dbn(DreluDbnProblem<T> problem, Launch&& launch) {
-  if (problem.C == 0) return;
-  with_width<T>(problem.C, [&](auto width) {
-    problem.plan = drelu_dbn_plan(problem.rows, problem.C, width.value);
-    constexpr int kSums = device::round_up(kBackwardSums * width.value, 4);
-    const LaunchShape shape{static_cast<unsigned>(problem.plan.blocks()), kTailThreads,
-                            sizeof(float) * merge_floats<kSums>};
-    if (shape.grid > 0) launch(shape, drelu_dbn_kernel<T, width.value>, problem);
-  });
-  launch(merge_shape(problem.C), drelu_dbn_merge_kernel<T>, problem);
+void drelu_dbn(const DreluDbnProblem<T>& problem, Launch&& launch) {
+  launch_sum<T>(
+      problem, kBackwardAhead, [](auto width) { return kBackwardFloats<width.value>; },
+      [](auto width) { return drelu_dbn_kernel<T, width.value>; }, drelu_dbn_merge_kernel<T>, launch);
 }
 
 }  // namespace fusedres::cuda

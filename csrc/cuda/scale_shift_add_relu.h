@@ -59,14 +59,9 @@ __global__ void __launch_bounds__(kTailThreads, kTailBlocks)
 
 // False, and no launch, where a grid cannot have as many blocks.
 template <typename T, typename Launch>
-bool scale_shift_add_relu(ScaleShiftAddReluProblem<T> problem, Launch&& launch) {
-  return with_width<T>(problem.C, [&](auto width) {
-    problem.plan = tail_plan(problem.rows, problem.C, width.value, kForwardAhead, 0);
-    if (problem.plan.blocks() > INT32_MAX) return false;
-    const LaunchShape shape{static_cast<unsigned>(problem.plan.blocks()), kTailThreads, 0};
-    if (shape.grid > 0) launch(shape, scale_shift_add_relu_kernel<T, width.value>, problem);
-    return true;
-  });
+bool scale_shift_add_relu(const ScaleShiftAddReluProblem<T>& problem, Launch&& launch) {
+  return launch_pass<T>(
+      problem, kForwardAhead, [](auto width) { return scale_shift_add_relu_kernel<T, width.value>; }, launch);
 }
 
 }  // namespace fusedres::cuda

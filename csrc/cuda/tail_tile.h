@@ -106,7 +106,7 @@ struct TailThread {
 };
 
 // Of the values that a block's threads have for the same channels, all merged into those of the first of them, by a
-// tree that halves the rows: merge(mine, other). `scratch` has merge_floats<kCount> floats.
+// tree that halves the rows: merge(mine, other). `scratch` has merge_floats(kCount) floats.
 template <int kCount, typename Merge>
 FUSEDRES_DEVICE void merge_down(const TailPlan& plan, float (&mine)[kCount], float* scratch, const Merge& merge) {
   static_assert(kCount % 4 == 0, "vectors of 16 bytes");
@@ -134,8 +134,7 @@ FUSEDRES_DEVICE void merge_down(const TailPlan& plan, float (&mine)[kCount], flo
   }
 }
 
-template <int kCount>
-constexpr int merge_floats = kTailThreads / 2 * kCount;
+FUSEDRES_HOST_DEVICE constexpr int merge_floats(int count) { return kTailThreads / 2 * count; }
 
 // The second step of a reduction: each warp merges kMergeChannels channels, each of its lanes every 32nd part.
 constexpr int kMergeChannels = 4;
@@ -180,5 +179,38 @@ struct MergeThread {
     device::store_floats(vectors + static_cast<int64_t>(index) * C + channel, valid, values);
   }
 };
+
+// One launch over all rows, each thread `ahead` of them: of kernel(width), with `width.value` the channels of a thread.
+// False, and no launch, where a grid cannot have as many blocks.
+template <typename T, typename Problem, typename Kernel, typename Launch>
+bool launch_pass(Problem problem, int ahead, const Kernel& kernel, Launch&& launch) {
+  return with_width<T>(problem.C, [&](auto width) {
+    problem.plan = tail_plan(problem.rows, problem.C, width.value, ahead, 0);
+    if (problem.plan.blocks() > INT32_MAX) return false;
+    const LaunchShape shape{static_cast<unsigned>(problem.plan.blocks()), kTailThreads, 0};
+    if (shape.grid > 0) launch(shape, kernel(width), problem);
+    return true;
+  });
+}
+
+// How many parts the first launch of a sum leaves.
+template <typename T>
+int64_t sum_parts(int64_t rows, int C, int ahead) {
+  return with_width<T>(C, [&](auto width) { return tail_plan(rows, C, width.value, ahead, kSumBlocks).parts; });
+}
+
+// The two launches of a sum: of kernel(width), whose threads merge floats(width) floats each, where there are rows, and
+// of `merge`, where there are channels.
+template <typename T, typename Problem, typename Floats, typename Kernel, typename Merge, typename Launch>
+void launch_sum(Problem problem, int ahead, const Floats& floats, const Kernel& kernel, Merge merge, Launch&& launch) {
+  if (problem.C == 0) return;
+  with_width<T>(problem.C, [&](auto width) {
+    problem.plan = tail_plan(problem.rows, problem.C, width.value, ahead, kSumBlocks);
+    const LaunchShape shape{static_cast<unsigned>(problem.plan.blocks()), kTailThreads,
+                            sizeof(float) * merge_floats(floats(width))};
+    if (shape.grid > 0) launch(shape, kernel(width), problem);
+  });
+  launch(merge_shape(problem.C), merge, problem);
+}
 
 }  // namespace fusedres::cuda
