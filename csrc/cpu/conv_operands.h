@@ -46,11 +46,6 @@ struct ConvTable {
   void build(const ConvPlan& plan, const ConvOperands<T>& operands, int64_t index);
 };
 
-// Whether 0 <= index < size, in one comparison.
-inline bool is_within(int64_t index, int64_t size) {
-  return static_cast<uint64_t>(index) < static_cast<uint64_t>(size);
-}
-
 template <typename T>
 void ConvTable<T>::build(const ConvPlan& plan, const ConvOperands<T>& operands, int64_t index) {
   if (index == block) return;

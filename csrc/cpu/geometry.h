@@ -9,6 +9,11 @@ namespace fusedres::cpu {
 // a / b rounded up, b > 0.
 inline int64_t ceil_div(int64_t a, int64_t b) { return a > 0 ? (a + b - 1) / b : -(-a / b); }
 
+// Whether 0 <= index < size, in one comparison.
+inline bool is_within(int64_t index, int64_t size) {
+  return static_cast<uint64_t>(index) < static_cast<uint64_t>(size);
+}
+
 struct Range {
   int64_t begin, end;
 

@@ -38,7 +38,7 @@ void winograd_inputs(const ConvPlan& plan, const T* x, const Square& square, con
     const int64_t row = square.row + h.offset + i * h.step;
     for (int64_t j = 0; j < 4; ++j) {
       const int64_t col = square.col + w.offset + j * w.step;
-      const bool is_inside = row >= 0 && row < sizes.in_h && col >= 0 && col < sizes.in_w;
+      const bool is_inside = is_within(row, sizes.in_h) && is_within(col, sizes.in_w);
       const int64_t pixel = (square.image * sizes.in_h + row) * sizes.in_w + col;
       inputs[i][j] = is_inside ? x + pixel * sizes.in_pixel : zeros;
     }
