@@ -124,6 +124,17 @@ def assert_accurate(
     assert not excesses, "\n".join(excesses)
 
 
+def assert_as_exact_as_eager(actual: Tensor, eager: Tensor, oracle: Tensor) -> None:
+    """At most twice the error of eager, or a few roundings of the largest value: many in float64, as the oracle's.
+
+    Of single entries, where ``assert_accurate`` looks at means.
+    """
+    if not oracle.numel():
+        return
+    floor = (64 if actual.dtype == torch.float64 else 4) * torch.finfo(actual.dtype).eps * oracle.abs().max()
+    assert (actual.double() - oracle).abs().max() <= max(2 * (eager.double() - oracle).abs().max(), floor)
+
+
 def _errors(
     name: str, stored: torch.dtype | None, ours: Tensor, theirs: Tensor, truth: Tensor
 ) -> tuple[float, float, float]:

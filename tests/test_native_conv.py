@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from oracles import assert_as_exact_as_eager
 
 from fusedres import native
 
@@ -44,14 +45,6 @@ def operands(problem, dtype):
     x = torch.randn(n, c, h, w, dtype=dtype).contiguous(memory_format=CL)
     weight = torch.randn(k, c, r, s, dtype=dtype) / (c * r * s) ** 0.5
     return x, weight, geometry
-
-
-def assert_as_exact_as_eager(actual, eager, oracle):
-    """At most twice the error of eager, or a few roundings of the largest value: many in float64, as the oracle's."""
-    if not oracle.numel():
-        return
-    floor = (64 if actual.dtype == torch.float64 else 4) * torch.finfo(actual.dtype).eps * oracle.abs().max()
-    assert (actual.double() - oracle).abs().max() <= max(2 * (eager.double() - oracle).abs().max(), floor)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
