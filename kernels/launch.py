@@ -6,7 +6,6 @@ exactly which kernels, arguments and constants it would use, without a GPU and w
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -103,16 +102,6 @@ def run(
     recorder.launch(launches.Launch(again, described, args, by_address), tensors)
 
 
-class _Interpreted:
-    """A kernel on a grid, run by Triton's interpreter."""
-
-    def __init__(self, kernel: Any, grid: tuple[int, ...], constants: dict[str, Any], places: Places) -> None:
-        self._run, self._places = functools.partial(kernel[grid], **constants), places
-
-    def __call__(self, *args: Any) -> None:
-        self._run(*_with_descriptors(args, self._places))
-
-
 class _Compiled:
     """A kernel that Triton has compiled, on a grid: launched without its look for it."""
 
@@ -141,7 +130,10 @@ def _launch(
     """Launch ``kernel``. Returns what does so again."""
     places = tuple((kernel.arg_names.index(name), box) for name, box in boxes.items())
     if INTERPRETED.value:
-        interpreted = _Interpreted(kernel, grid, constants, places)
+
+        def interpreted(*args: Any) -> None:
+            kernel[grid](*_with_descriptors(args, places), **constants)
+
         interpreted(*args)
         return interpreted
     key = (kernel.fn, args[0].get_device(), grid, *map(_specialisation, args), *constants.values(), *places)
