@@ -23,6 +23,8 @@ STABLE_TORCH_LIBRARY_IMPL(fusedres_cpu, CPU, m) {
   m.impl("conv_fprop", TORCH_BOX(&conv_fprop));
   m.impl("conv_dgrad", TORCH_BOX(&conv_dgrad));
   m.impl("eval_chain", TORCH_BOX(&eval_chain));
+  m.impl("eval_program", TORCH_BOX(&eval_program));
+  m.impl("eval_network", TORCH_BOX(&eval_network));
   m.impl("head_fprop", TORCH_BOX(&head_fprop));
   m.impl("conv_wgrad", TORCH_BOX(&conv_wgrad));
   m.impl("centered_wgrad", TORCH_BOX(&centered_wgrad));

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fusedres import tuning
-from fusedres.engines import Engine, EvalChain, FoldedConv, nvidia
+from fusedres.engines import Engine, EvalChain, EvalRun, FoldedConv, NetworkRun, nvidia
 from fusedres.engines.cpu import CPU
 from fusedres.engines.cuda import CUDA
 from fusedres.engines.cudnn import CUDNN
@@ -151,6 +151,11 @@ def choose_folded(chain: EvalChain[FoldedConv]) -> Choice:
             return Choice(candidate, tuple(passed_over))
         passed_over.append((candidate.name, reason))
     return Choice(of_convs, tuple(passed_over))
+
+
+def compile_network(chains: Sequence[EvalRun], x_shape: torch.Size) -> NetworkRun | None:
+    """One call for ``chains``, which engines compiled, one behind another, where an engine makes one of them."""
+    return next(filter(None, (engine.compile_network(chains, x_shape) for engine in ENGINES.values())), None)
 
 
 def choose_head(w: torch.Tensor) -> HeadChoice:

@@ -117,9 +117,8 @@ def run(
         return _run_ops(_fold(spec, pairs, pool, x.dtype), x, residual)
     conv = pairs[0].conv
     key = spec, pool, x.shape[1:], x.dtype, x.device
-    live = None if conv in _frozen else _engine(x).compile_live(_live(spec, pairs), x.dtype)
+    live = None if conv in _frozen else _engine(x).compile_live(_live(spec, pairs, pool), x.dtype)
     if live is not None:
-        live = _pooled(live, pool)
         _entries[conv] = Entry(key, None, live)
         return live(x, residual)
     state = _state(conv, tensors_of(pairs))
@@ -160,10 +159,10 @@ def _state(conv: nn.Module, tensors: tuple[Tensor, ...]) -> State | None:
     return State(identities, torch.ops.fusedres_cpu.fingerprint(tensors).item())
 
 
-def _chain(spec: ChainSpec, convs: list[ConvT]) -> EvalChain[ConvT]:
+def _chain(spec: ChainSpec, convs: list[ConvT], pool: PoolSpec | None) -> EvalChain[ConvT]:
     projection = convs.pop() if spec.projection else None
     residual = spec.residual
-    return EvalChain(tuple(convs), projection, residual == "input", spec.relu, given=residual == "tensor")
+    return EvalChain(tuple(convs), projection, residual == "input", spec.relu, pool, residual == "tensor")
 
 
 def _units(spec: ChainSpec) -> tuple[UnitSpec, ...]:
@@ -171,8 +170,8 @@ def _units(spec: ChainSpec) -> tuple[UnitSpec, ...]:
     return spec.units if spec.projection is None else (*spec.units, spec.projection)
 
 
-def _live(spec: ChainSpec, pairs: Sequence[ConvBN]) -> EvalChain[LiveConv]:
-    return _chain(spec, [_live_conv(unit, pair) for unit, pair in zip(_units(spec), pairs, strict=True)])
+def _live(spec: ChainSpec, pairs: Sequence[ConvBN], pool: PoolSpec | None) -> EvalChain[LiveConv]:
+    return _chain(spec, [_live_conv(unit, pair) for unit, pair in zip(_units(spec), pairs, strict=True)], pool)
 
 
 def _live_conv(unit: UnitSpec, pair: ConvBN) -> LiveConv:
@@ -183,7 +182,7 @@ def _live_conv(unit: UnitSpec, pair: ConvBN) -> LiveConv:
 
 def _fold(spec: ChainSpec, pairs: Sequence[ConvBN], pool: PoolSpec | None, dtype: torch.dtype) -> EvalChain[FoldedConv]:
     convs = [_fold_conv(unit, pair, dtype) for unit, pair in zip(_units(spec), pairs, strict=True)]
-    return replace(_chain(spec, convs), pool=pool)
+    return _chain(spec, convs, pool)
 
 
 def _fold_conv(unit: UnitSpec, pair: ConvBN, dtype: torch.dtype) -> FoldedConv:
@@ -206,12 +205,8 @@ def _compile(chain: EvalChain[FoldedConv], x: Tensor) -> EvalRun:
         return run
     if chain.pool is None:
         return lambda x, residual: _run_ops(chain, x, residual)
-    return _pooled(_compile(replace(chain, pool=None), x), chain.pool)
-
-
-def _pooled(run: EvalRun, pool: tuple[int, int, int] | None) -> EvalRun:
-    """``run`` and, where there is one, the pool behind it in a launch of its own."""
-    return run if pool is None else lambda x, residual: F.max_pool2d(run(x, residual), *pool)
+    unpooled, pool = _compile(replace(chain, pool=None), x), chain.pool
+    return lambda x, residual: F.max_pool2d(unpooled(x, residual), *pool)
 
 
 def _run_ops(chain: EvalChain[FoldedConv], x: Tensor, residual: Tensor | None) -> Tensor:

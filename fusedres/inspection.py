@@ -71,6 +71,11 @@ def is_followed() -> bool:
     return torch.compiler.is_compiling() or is_traced() or is_transformed()
 
 
+def is_observed() -> bool:
+    """Whether a dispatch mode, such as a counter of FLOPs, sees every op that is called now."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
 def recorder_reason() -> str | None:
     """Why the modules must run one by one for whoever records or transforms this call, or None.
 

@@ -42,9 +42,17 @@ _CPU_SCHEMAS = (
     " Tensor? residual, int[2] residual_stride) -> Tensor",
     # A chain with constant BN (fusedres/engines), a projection's conv last. vectors: conv bias, BN weight and bias,
     # running mean and variance of each conv, without elements where there is none; eps (convs,) float64; packed: none,
-    # or each weight's; geometry: stride, padding and dilation of each conv.
+    # or each weight's; geometry: stride, padding and dilation of each conv; pool: kernel size, stride and padding of a
+    # max-pool behind it all, or nothing.
     "eval_chain(Tensor x, Tensor? residual, Tensor[] weights, Tensor[] packed, Tensor[] vectors, Tensor eps,"
-    " int[] geometry, bool identity, bool projection, bool relu) -> Tensor",
+    " int[] geometry, bool identity, bool projection, bool relu, int[] pool) -> Tensor",
+    # Chains one behind another, without given shortcuts, for inputs of that size (N, C, H, W), and what they give.
+    # forms: of each chain its number of convs, identity, projection, relu, and the three of its pool, zeros for none.
+    # The program is a tensor that means nothing to anyone else. Packed weights, and the vectors beside them, must stay
+    # as they are; what is not packed is read at every call.
+    "eval_program(Tensor[] weights, Tensor[] packed, Tensor[] vectors, Tensor eps, int[] geometry, int[] forms,"
+    " int[] input_size) -> Tensor",
+    "eval_network(Tensor x, Tensor program) -> Tensor",
     # The fully connected layer of the means over H and W: x (N, C, H, W), w (F, C) -> (N, F). float32, float64.
     "head_fprop(Tensor x, Tensor w, Tensor? bias) -> Tensor",
     # As fusedres::conv_wgrad, groups 1; dw is (K, C, R, S) channels_last.

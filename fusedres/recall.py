@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from fusedres import autocast, dispatch, folding
+from fusedres.engines import EvalRun, NetworkRun
 from fusedres.engines.nvidia import is_capturing
 from fusedres.guards import Guard, all_hold
-from fusedres.inspection import is_followed
+from fusedres.inspection import is_followed, is_observed
 from fusedres.layout import channels_last
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class _Network(NamedTuple):
     guards: tuple[Guard, ...]  # its own first
     firsts: tuple[nn.Module, ...]  # the first conv of each chain
     chains: tuple[_Recalled, ...]
+    run: NetworkRun
 
 
 #: The last such call of each chain, by its first conv, and of each network. Copies and pickles of a module do not carry
@@ -162,10 +164,7 @@ def _again(net: nn.Module, x: Tensor) -> Tensor | None:
     ):
         return None
     with autocast.suspended(x.device.type):
-        x = channels_last(x)
-        for link in last.chains:
-            x = link.entry.run(x, None)
-    return x
+        return last.run(channels_last(x))
 
 
 def _follows(conv: nn.Module, link: _Recalled) -> bool:
@@ -179,8 +178,24 @@ def _note(net: nn.Module, x: Tensor, chains: Sequence[Modules]) -> None:
     if None in links:  # another thread let go of it
         return
     guards = tuple(map(Guard.of, (net, *modules)))
-    _networks[net] = _Network(_Call.of(x, None, True), modules, guards, firsts, tuple(filter(None, links)))
+    known = tuple(filter(None, links))
+    run = _network_run([link.entry.run for link in known], x.shape)
+    _networks[net] = _Network(_Call.of(x, None, True), modules, guards, firsts, known, run)
     _notes[net] = _notes.get(net, 0) + 1
+
+
+def _network_run(chains: Sequence[EvalRun], x_shape: torch.Size) -> NetworkRun:
+    """One chain after another: in one call where an engine has one, and nobody wants to see each."""
+    at_once = dispatch.compile_network(chains, x_shape)
+
+    def run(x: Tensor) -> Tensor:
+        if at_once is not None and not is_observed():
+            return at_once(x)
+        for chain in chains:
+            x = chain(x, None)
+        return x
+
+    return run
 
 
 def _may_recall(x: Tensor) -> bool:

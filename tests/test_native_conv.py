@@ -193,7 +193,8 @@ def packed_for(input_size, w, geometry):
 @pytest.mark.parametrize("width", [4, 8, 24])  # its 3x3 conv with merged columns, by the direct sum, by Winograd's
 @pytest.mark.parametrize("n", [1, 2, 3, 9])
 @pytest.mark.parametrize("shortcut", ["none", "identity", "tensor", "projection"])
-def test_a_chain_is_its_convs_and_batch_norms_one_by_one(n, shortcut, width, is_packed):
+@pytest.mark.parametrize("pool", [(), (3, 2, 1)], ids=["", "pool"])
+def test_a_chain_is_its_convs_and_batch_norms_one_by_one(n, shortcut, width, is_packed, pool):
     torch.manual_seed(0)
     x = torch.randn(n, 16, 26, 25).contiguous(memory_format=CL)  # large enough to go image by image
     weights = [torch.randn(width, 16, 1, 1), torch.randn(width, width, 3, 3) / width, torch.randn(16, width, 1, 1)]
@@ -216,6 +217,7 @@ def test_a_chain_is_its_convs_and_batch_norms_one_by_one(n, shortcut, width, is_
         shortcut == "identity",
         shortcut == "projection",
         True,
+        pool,
     )
 
     def conv(i, a):
@@ -226,7 +228,8 @@ def test_a_chain_is_its_convs_and_batch_norms_one_by_one(n, shortcut, width, is_
     a = conv(2, conv(1, conv(0, x.double()).relu()).relu())
     expected = {"none": 0, "identity": x, "tensor": given}.get(shortcut)
     a = a + (conv(3, x.double()) if expected is None else expected)
-    torch.testing.assert_close(y.double(), a.relu(), rtol=1e-4, atol=1e-3)
+    expected = F.max_pool2d(a.relu(), *pool) if pool else a.relu()
+    torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-3)
 
 
 def test_a_chain_refuses_half_dtypes_however_large_its_maps():
@@ -235,7 +238,7 @@ def test_a_chain_refuses_half_dtypes_however_large_its_maps():
     packed, geometry = torch.zeros(256, dtype=torch.bfloat16), [1, 1, 0, 0, 1, 1]
     eps = torch.zeros(2, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="float32 or float64"):
-        kernels.eval_chain(x, None, [w] * 2, [packed] * 2, [bias] * 10, eps, geometry * 2, True, False, True)
+        kernels.eval_chain(x, None, [w] * 2, [packed] * 2, [bias] * 10, eps, geometry * 2, True, False, True, [])
 
 
 def test_activations_reuse_the_memory_of_those_that_died():

@@ -38,52 +38,56 @@ Tensor checked_packed(const ConvPlan& plan, const Tensor& packed, ScalarType dty
   return packed;
 }
 
-// Scale and shift of each channel, or neither.
-template <typename T>
-struct Affine {
-  const T *scale, *shift;
-};
+}  // namespace
 
 template <typename T>
-Tensor fprop(const Tensor& x, const Conv& conv, const EvalWeight& weight, Affine<T> affine, const MaybeTensor& residual,
-             bool relu) {
+Tensor panels(const ConvPlan& plan, const Tensor& w, const MaybeTensor& packed, const MaybeTensor& room) {
+  if (packed) return checked_packed(plan, *packed, w.scalar_type());
+  const LooseWeight<T> loose(plan, fprop_view<T>(w));
+  if (!room || room->numel() < plan.packed_elements()) return packed_weight(plan, loose, w.scalar_type());
+  pack_weight(plan, loose, mutable_data<T>(*room));
+  return *room;
+}
+
+template <typename T>
+PlannedConv<T> planned(const Conv& conv, const Tensor& w, const MaybeTensor& packed, const T* scale, const T* shift) {
+  const Weights weights = packed ? Weights::kPacked : Weights::kLoose;
+  return {conv, fprop_plan<T>(conv, torch::stable::get_num_threads(), weights), w, packed, scale, shift};
+}
+
+template <typename T>
+Tensor run(const PlannedConv<T>& planned, const Tensor& x, const MaybeTensor& residual, bool relu,
+           ConvBuffers<T>& buffers) {
+  const auto& [conv, plan, w, packed, scale, shift] = planned;
   const ScalarType dtype = x.scalar_type();
-  const ConvPlan plan =
-      fprop_plan<T>(conv, torch::stable::get_num_threads(), weight.packed ? Weights::kPacked : Weights::kLoose);
   const Tensor y = new_activation(conv.output(), dtype);
   if (residual) check_like(*residual, "residual", y, "the output");
   const Tensor input = merges_columns(conv) ? pad_columns(const_data<T>(x), conv, dtype) : x;
-  ConvOperands<T> operands{const_data<T>(input), nullptr, mutable_data<T>(y), fprop_view<T>(weight.w)};
-  MaybeTensor packed;
+  ConvOperands<T> operands{const_data<T>(input), nullptr, mutable_data<T>(y), fprop_view<T>(w)};
+  MaybeTensor weight;
   std::optional<LooseWeight<T>> loose;
   if (plan.packs_panels) {
     loose.emplace(plan, operands.weight);
     operands.loose = &*loose;
   } else {
-    packed = panels<T>(plan, weight);
-    operands.packed = const_data<T>(packed);
+    weight = panels<T>(plan, w, packed, buffers.panels);
+    operands.packed = const_data<T>(weight);
+    if (!packed) buffers.panels = weight;
   }
-  operands.scale = affine.scale;
-  operands.bias = affine.shift;
+  operands.scale = scale;
+  operands.bias = shift;
   operands.residual = const_data<T>(residual);
   operands.relu = relu;
-  run(plan, operands);
+  run(plan, operands, buffers.tables);
   return y;
 }
 
-}  // namespace
-
-template <typename T>
-Tensor panels(const ConvPlan& plan, const EvalWeight& weight) {
-  if (weight.packed) return checked_packed(plan, *weight.packed, weight.w.scalar_type());
-  const LooseWeight<T> loose(plan, fprop_view<T>(weight.w));
-  const bool has_room = weight.scratch && weight.scratch->numel() >= plan.packed_elements();
-  if (!has_room) return packed_weight(plan, loose, weight.w.scalar_type());
-  pack_weight(plan, loose, mutable_data<T>(*weight.scratch));
-  return *weight.scratch;
-}
-template Tensor panels<float>(const ConvPlan&, const EvalWeight&);
-template Tensor panels<double>(const ConvPlan&, const EvalWeight&);
+#define FUSEDRES_CONV(T)                                                                                          \
+  template Tensor panels<T>(const ConvPlan&, const Tensor&, const MaybeTensor&, const MaybeTensor&);              \
+  template PlannedConv<T> planned<T>(const Conv&, const Tensor&, const MaybeTensor&, const T*, const T*);         \
+  template Tensor run<T>(const PlannedConv<T>&, const Tensor&, const MaybeTensor&, bool, ConvBuffers<T>&);
+FUSEDRES_CONV(float)
+FUSEDRES_CONV(double)
 
 Tensor conv_pack(const Tensor& w, const std::vector<int64_t>& input_size, const std::vector<int64_t>& stride,
                  const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation) {
@@ -94,7 +98,7 @@ Tensor conv_pack(const Tensor& w, const std::vector<int64_t>& input_size, const 
   Tensor packed = w;
   for_conv_dtype(w.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    packed = panels<T>(fprop_plan<T>(conv, 1, Weights::kPacked), {w, {}, {}});
+    packed = panels<T>(fprop_plan<T>(conv, 1, Weights::kPacked), w, {}, {});
   });
   return packed;
 }
@@ -108,22 +112,8 @@ Tensor conv_fprop(const Tensor& x, const Tensor& w, const MaybeTensor& packed, c
   Tensor y = x;
   for_conv_dtype(dtype, [&](auto element) {
     using T = decltype(element);
-    y = fprop<T>(x, conv, {w, packed, {}}, {nullptr, const_data<T>(bias)}, residual, relu);
-  });
-  return y;
-}
-
-Tensor conv_affine(const Tensor& x, const EvalWeight& weight, const Tensor& affine, const MaybeTensor& residual,
-                   const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                   const std::vector<int64_t>& dilation, bool relu) {
-  const ScalarType dtype = x.scalar_type();
-  const Conv conv = check_conv(weight.w, check_activation(x, "x"), dtype, stride, padding, dilation);
-  check_tensor(affine, "affine", dtype, {2, conv.K});
-  Tensor y = x;
-  for_conv_dtype(dtype, [&](auto element) {
-    using T = decltype(element);
-    const T* const scale = const_data<T>(affine);
-    y = fprop<T>(x, conv, weight, {scale, scale + conv.K}, residual, relu);
+    ConvBuffers<T> buffers;
+    y = run(planned<T>(conv, w, packed, nullptr, const_data<T>(bias)), x, residual, relu, buffers);
   });
   return y;
 }
@@ -149,6 +139,7 @@ Tensor conv_dgrad(const Tensor& dz, const Tensor& w, const std::vector<int64_t>&
   if (dx.numel() == 0) return dx;
   for_conv_dtype(dtype, [&](auto element) {
     using T = decltype(element);
+    std::vector<ConvTable<T>> tables;
     for (const Gather& gather : dgrad_gathers(axes.h, axes.w)) {
       const ConvPlan plan = gather_plan<T>({out.N, C, out.H, out.W, out.C, out.C, axes.h.in, axes.w.in}, gather,
                                            torch::stable::get_num_threads(), Weights::kPacked);
@@ -158,7 +149,7 @@ Tensor conv_dgrad(const Tensor& dz, const Tensor& w, const std::vector<int64_t>&
       operands.residual = const_data<T>(residual);
       operands.residual_h = residual ? residual_stride[0] : 1;
       operands.residual_w = residual ? residual_stride[1] : 1;
-      run(plan, operands);
+      run(plan, operands, tables);
     }
   });
   return dx;

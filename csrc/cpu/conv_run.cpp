@@ -45,10 +45,12 @@ ConvPlan fprop_plan(const Conv& conv, int64_t workers, Weights weights) {
 }
 
 template <typename T>
-void run(const ConvPlan& plan, const ConvOperands<T>& operands) {
+void run(const ConvPlan& plan, const ConvOperands<T>& operands, std::vector<ConvTable<T>>& tables) {
   const auto kernel = FUSEDRES_BEST_ISA(conv_block<T>);
-  std::vector<ConvTable<T>> tables(std::min<int64_t>(torch::stable::get_num_threads(), plan.tasks()));
-  share_tasks(tables.size(), plan.tasks(),
+  const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), plan.tasks());
+  tables.resize(std::max<size_t>(tables.size(), workers));
+  for (ConvTable<T>& table : tables) table.block = -1;
+  share_tasks(workers, plan.tasks(),
               [&](int64_t worker, int64_t task) { kernel(plan, operands, task, tables[worker]); });
 }
 
@@ -63,7 +65,7 @@ void run_alone(const ConvPlan& plan, const ConvOperands<T>& operands, ConvTable<
   template ConvTile best_conv_tile<T>();                                        \
   template ConvPlan gather_plan<T>(const ConvSizes&, Gather, int64_t, Weights); \
   template ConvPlan fprop_plan<T>(const Conv&, int64_t, Weights);               \
-  template void run<T>(const ConvPlan&, const ConvOperands<T>&);                \
+  template void run<T>(const ConvPlan&, const ConvOperands<T>&, std::vector<ConvTable<T>>&); \
   template void run_alone<T>(const ConvPlan&, const ConvOperands<T>&, ConvTable<T>&);
 FUSEDRES_CONV_RUN(float)
 FUSEDRES_CONV_RUN(double)

@@ -21,9 +21,9 @@ ConvPlan gather_plan(const ConvSizes& sizes, Gather gather, int64_t workers, Wei
 template <typename T>
 ConvPlan fprop_plan(const Conv& conv, int64_t workers, Weights weights);
 
-// On all threads.
+// On all threads, each with a table of its own.
 template <typename T>
-void run(const ConvPlan& plan, const ConvOperands<T>& operands);
+void run(const ConvPlan& plan, const ConvOperands<T>& operands, std::vector<ConvTable<T>>& tables);
 
 // On the calling thread.
 template <typename T>

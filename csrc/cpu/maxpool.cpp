@@ -1,5 +1,7 @@
-// The native ops `bn_relu_maxpool` and `bn_relu_maxpool_backward`: the stem's tail.
-#include "cpu/checks.h"
+// The native ops `bn_relu_maxpool` and `bn_relu_maxpool_backward`, the stem's tail, and the pool of a chain in eval.
+#include "cpu/maxpool.h"
+
+#include "cpu/conv_checks.h"
 #include "cpu/factors.h"
 #include "cpu/isa.h"
 #include "cpu/memory.h"
@@ -13,6 +15,8 @@ namespace {
 // Input (N, C, H, W), output (N, C, P, Q), square windows.
 struct Pool {
   int64_t N, C, H, W, P, Q, kernel, stride, padding;
+
+  Activation output() const { return {N, C, P, Q}; }
 };
 
 struct Span {
@@ -36,14 +40,9 @@ struct PoolBackward {
 namespace fusedres::cpu {
 namespace {
 
-Pool check_pool(const Activation& z, int64_t kernel, int64_t stride, int64_t padding) {
-  require(kernel >= 1 && kernel <= 16 && stride >= 1 && padding >= 0 && 2 * padding <= kernel, "kernel_size ", kernel,
-          ", stride ", stride, ", padding ", padding,
-          ": expected a kernel of 1 to 16, a positive stride and a padding of at most half the kernel");
-  require(z.H + 2 * padding >= kernel && z.W + 2 * padding >= kernel, "a ", z.H, "x", z.W, " map with padding ",
-          padding, " is smaller than the kernel of ", kernel);
-  const auto out = [&](int64_t size) { return (size + 2 * padding - kernel) / stride + 1; };
-  return {z.N, z.C, z.H, z.W, out(z.H), out(z.W), kernel, stride, padding};
+Pool pool_of(const Activation& in, const PoolWindow& window) {
+  const Activation out = window.output(in);
+  return {in.N, in.C, in.H, in.W, out.H, out.W, window.kernel, window.stride, window.padding};
 }
 
 // For every index of an input axis, the windows that hold it: window o covers o*stride - padding + [0, kernel).
@@ -59,13 +58,42 @@ std::vector<Span> windows_of(int64_t size, int64_t out, const Pool& pool) {
 
 }  // namespace
 
+std::optional<PoolWindow> PoolWindow::of(const std::vector<int64_t>& sizes) {
+  if (sizes.empty()) return {};
+  require(sizes.size() == 3, "a pool of ", sizes.size(), " integers, expected kernel_size, stride and padding");
+  return PoolWindow{sizes[0], sizes[1], sizes[2]};
+}
+
+Activation PoolWindow::output(const Activation& in) const {
+  require(kernel >= 1 && kernel <= 16 && stride >= 1 && padding >= 0 && 2 * padding <= kernel, "kernel_size ", kernel,
+          ", stride ", stride, ", padding ", padding,
+          ": expected a kernel of 1 to 16, a positive stride and a padding of at most half the kernel");
+  require(in.H + 2 * padding >= kernel && in.W + 2 * padding >= kernel, "a ", in.H, "x", in.W, " map with padding ",
+          padding, " is smaller than the kernel of ", kernel);
+  const auto out = [&](int64_t size) { return (size + 2 * padding - kernel) / stride + 1; };
+  return {in.N, in.C, out(in.H), out(in.W)};
+}
+
+Tensor maxpool(const Tensor& x, const PoolWindow& window) {
+  const Pool pool = pool_of(check_activation(x, "x"), window);
+  const Tensor y = new_activation(pool.output(), x.scalar_type());
+  for_conv_dtype(x.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    const auto kernel = FUSEDRES_BEST_ISA(maxpool<T>);
+    const Blocks blocks = row_blocks(pool.N * pool.P, pool.Q * pool.C, sizeof(T));
+    parallel_for_each(blocks.count(),
+                      [&](int64_t i) { kernel(pool, const_data<T>(x), mutable_data<T>(y), blocks[i]); });
+  });
+  return y;
+}
+
 std::tuple<Tensor, Tensor> bn_relu_maxpool(const Tensor& z, const Tensor& bn, int64_t kernel_size, int64_t stride,
                                            int64_t padding) {
   const Activation sizes = check_activation(z, "z");
   const ScalarType dtype = z.scalar_type();
   check_channels(bn, "bn", dtype, 4, sizes.C);
-  const Pool pool = check_pool(sizes, kernel_size, stride, padding);
-  const Activation out{pool.N, pool.C, pool.P, pool.Q};
+  const Pool pool = pool_of(sizes, {kernel_size, stride, padding});
+  const Activation out = pool.output();
   const Tensor y = new_activation(out, dtype), tap = new_activation(out, ScalarType::Byte);
   for_dtype(dtype, [&](auto element) {
     using T = decltype(element);
@@ -85,8 +113,8 @@ std::tuple<Tensor, Tensor> bn_relu_maxpool_backward(const Tensor& dy, const Tens
   const Activation sizes = check_activation(z, "z");
   const ScalarType dtype = z.scalar_type();
   check_channels(bn, "bn", dtype, 4, sizes.C);
-  const Pool pool = check_pool(sizes, kernel_size, stride, padding);
-  const Activation out{pool.N, pool.C, pool.P, pool.Q};
+  const Pool pool = pool_of(sizes, {kernel_size, stride, padding});
+  const Activation out = pool.output();
   check_channels_last(dy, "dy", dtype, out);
   check_channels_last(tap, "tap", ScalarType::Byte, out);
   const Tensor dz = new_activation(sizes, dtype), sums = new_tensor({2, sizes.C}, acc_dtype(dtype));

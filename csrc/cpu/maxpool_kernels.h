@@ -28,37 +28,69 @@ FUSEDRES_INLINE Bytes<T> narrow_taps(Taps<T> taps) {
   return __builtin_convertvector(__builtin_convertvector(half, typename LanesOf<T, uint16_t>::type), Bytes<T>);
 }
 
-// A block of the N*P rows of the output.
+// One window: the pixels of x that it covers, as far as they are inside, and the pixel of y.
+struct Window {
+  int64_t out, image, h0, w0;
+  Range rows, columns;  // of its taps
+
+  // Of tap (r, s).
+  int64_t pixel(const Pool& pool, int64_t r, int64_t s) const { return (image * pool.H + h0 + r) * pool.W + w0 + s; }
+};
+
+// visit(window) for a block of the N*P rows of the output.
+template <typename Visit>
+FUSEDRES_INLINE void for_each_window(const Pool& pool, const Block& block, const Visit& visit) {
+  const auto taps_inside = [&](int64_t first, int64_t extent) {
+    return Range{std::max<int64_t>(-first, 0), std::min(pool.kernel, extent - first)};
+  };
+  for (int64_t line = block.row_begin; line < block.row_end; ++line) {
+    const int64_t h0 = line % pool.P * pool.stride - pool.padding;
+    for (int64_t q = 0; q < pool.Q; ++q) {
+      const int64_t w0 = q * pool.stride - pool.padding;
+      visit(Window{line * pool.Q + q, line / pool.P, h0, w0, taps_inside(h0, pool.H), taps_inside(w0, pool.W)});
+    }
+  }
+}
+
+template <typename T>
+void maxpool(const Pool& pool, const T* x, T* y, const Block& block) {
+  for_each_window(pool, block, [&](const Window& window) {
+    for_each_vector<T>(pool.C, [&](auto lanes, int64_t c) {
+      Vec<T> best = Vec<T>{} - std::numeric_limits<T>::infinity();
+      for (int64_t r = window.rows.begin; r < window.rows.end; ++r) {
+        const T* at = x + window.pixel(pool, r, window.columns.begin) * pool.C + c;
+        for (int64_t s = window.columns.begin; s < window.columns.end; ++s, at += pool.C) {
+          const Vec<T> value = lanes.load(at);
+          best = (value > best) | (value != value) ? value : best;
+        }
+      }
+      lanes.store(y + window.out * pool.C + c, best);
+    });
+  });
+}
+
 template <typename T>
 void bn_relu_maxpool(const Pool& pool, const T* z, const acc_t<T>* bn, T* y, uint8_t* tap, const Block& block) {
   using V = Vec<acc_t<T>>;
   const acc_t<T>*scale = bn + 2 * pool.C, *shift = bn + 3 * pool.C;
-  for (int64_t line = block.row_begin; line < block.row_end; ++line) {
-    const int64_t h0 = line % pool.P * pool.stride - pool.padding;
-    const int64_t r_begin = h0 < 0 ? -h0 : 0, r_end = h0 + pool.kernel > pool.H ? pool.H - h0 : pool.kernel;
-    const T* image = z + line / pool.P * pool.H * pool.W * pool.C;
-    for (int64_t q = 0; q < pool.Q; ++q) {
-      const int64_t w0 = q * pool.stride - pool.padding;
-      const int64_t s_begin = w0 < 0 ? -w0 : 0, s_end = w0 + pool.kernel > pool.W ? pool.W - w0 : pool.kernel;
-      const int64_t at = (line * pool.Q + q) * pool.C;
-      for_each_vector<T>(pool.C, [=, &pool](auto lanes, int64_t c) {
-        const V channel_scale = lanes.load(scale + c), channel_shift = lanes.load(shift + c);
-        V best = V{} - __builtin_inff();
-        Taps<T> best_tap{};
-        for (int64_t r = r_begin; r < r_end; ++r) {
-          for (int64_t s = s_begin; s < s_end; ++s) {
-            const V loaded = lanes.load(image + ((h0 + r) * pool.W + w0 + s) * pool.C + c);
-            const V value = as_stored<T>(relu(bn_apply(channel_scale, loaded, channel_shift)));
-            const Taps<T> wins = (value > best) | (value != value);
-            best = wins ? value : best;
-            best_tap = wins ? Taps<T>{} + static_cast<int>(r * pool.kernel + s) : best_tap;
-          }
+  for_each_window(pool, block, [&](const Window& window) {
+    for_each_vector<T>(pool.C, [&, scale, shift, z](auto lanes, int64_t c) {
+      const V channel_scale = lanes.load(scale + c), channel_shift = lanes.load(shift + c);
+      V best = V{} - __builtin_inff();
+      Taps<T> best_tap{};
+      for (int64_t r = window.rows.begin; r < window.rows.end; ++r) {
+        for (int64_t s = window.columns.begin; s < window.columns.end; ++s) {
+          const V loaded = lanes.load(z + window.pixel(pool, r, s) * pool.C + c);
+          const V value = as_stored<T>(relu(bn_apply(channel_scale, loaded, channel_shift)));
+          const Taps<T> wins = (value > best) | (value != value);
+          best = wins ? value : best;
+          best_tap = wins ? Taps<T>{} + static_cast<int>(r * pool.kernel + s) : best_tap;
         }
-        lanes.store(y + at + c, best);
-        lanes.store_bits(tap + at + c, narrow_taps<T>(best_tap));
-      });
-    }
-  }
+      }
+      lanes.store(y + window.out * pool.C + c, best);
+      lanes.store_bits(tap + window.out * pool.C + c, narrow_taps<T>(best_tap));
+    });
+  });
 }
 
 // The pooling windows that hold one pixel: offset of the window's output, and the pixel's tap number in it.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -13,6 +13,9 @@ from fusedres.problem import ConvProblem, Pair
 
 #: ``run(x, residual) -> y`` of a chain in eval; ``residual`` is None unless the chain's shortcut is given.
 EvalRun = Callable[[Tensor, Tensor | None], Tensor]
+
+#: ``run(x) -> y`` of chains in eval, one behind another.
+NetworkRun = Callable[[Tensor], Tensor]
 
 
 class LiveConv(NamedTuple):
@@ -124,6 +127,10 @@ class Engine:
 
         It serves inputs of other batch sizes as well.
         """
+        return None
+
+    def compile_network(self, chains: Sequence[EvalRun], x_shape: torch.Size) -> NetworkRun | None:
+        """One call for ``chains``, as an engine compiled them, one behind another on inputs of ``x_shape``, or None."""
         return None
 
     def head_reason(self, w: Tensor) -> str | None:

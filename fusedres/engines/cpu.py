@@ -8,14 +8,14 @@ packing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fusedres import native, reference
-from fusedres.engines import Engine, EvalChain, EvalRun, FoldedConv, LiveConv
+from fusedres.engines import Engine, EvalChain, EvalRun, FoldedConv, LiveConv, NetworkRun
 from fusedres.engines.onednn import PackedChain, onednn_conv, onednn_reason
 from fusedres.layout import add_on_grid_, channels_last, no_sums
 from fusedres.problem import as_pair, is_plain_gemm
@@ -78,14 +78,14 @@ class CPUEngine(Engine):
         tensors = [*(conv.w for conv in convs), *(v for of_conv in vectors for v in of_conv if v is not None)]
         if not all(_is_native(conv.w, conv.groups) for conv in convs) or any(t.dtype != dtype for t in tensors):
             return None
-        return _native_chain(chain, vectors, [conv.eps for conv in convs], [])
+        return NativeChain.of(chain, vectors, [conv.eps for conv in convs], [])
 
     def folded_reason(self, chain: EvalChain[FoldedConv]) -> str | None:
         w = chain.convs[0].w
-        if chain.pool is not None:
-            return "a pool in eval is a launch of its own"
         if all(_is_native(conv.w, conv.groups) for conv in chain.all_convs):
             return self.rejects("eval_chain", w.device.type, w.dtype)
+        if chain.pool is not None:
+            return "a pool behind oneDNN's convs is a launch of its own"
         return self.rejects("conv_fprop", w.device.type, w.dtype) or onednn_reason(w.dtype)
 
     def compile_folded(self, chain: EvalChain[FoldedConv], x_shape: torch.Size) -> EvalRun | None:
@@ -98,8 +98,16 @@ class CPUEngine(Engine):
                 kernels.conv_pack(conv.w, size, conv.stride, conv.padding, conv.dilation)
                 for conv, size in zip(convs, sizes, strict=True)
             ]
-            return _native_chain(chain, [(conv.bias, *[None] * 4) for conv in convs], [0.0] * len(convs), packed)
+            return NativeChain.of(chain, [(conv.bias, *[None] * 4) for conv in convs], [0.0] * len(convs), packed)
         return PackedChain(chain, x_shape)
+
+    def compile_network(self, chains: Sequence[EvalRun], x_shape: torch.Size) -> NetworkRun | None:
+        natives = [chain for chain in chains if isinstance(chain, NativeChain)]
+        kinds = {(bool(chain.packed), chain.weights[0].dtype) for chain in natives}
+        if len(natives) < len(chains) or len(kinds) > 1:
+            return None
+        program = NativeChain.program(natives, x_shape)
+        return lambda x: kernels.eval_network(x, program)
 
     def head_reason(self, w: Tensor) -> str | None:
         reason = self.rejects("head_fprop", w.device.type, w.dtype)
@@ -260,25 +268,53 @@ def _input(x: Tensor, in_bn: Tensor | None) -> Tensor:
     return x if in_bn is None else kernels.scale_shift_add_relu(x, in_bn, None, None, True)
 
 
-def _native_chain(
-    chain: EvalChain[LiveConv] | EvalChain[FoldedConv],
-    vectors: Sequence[Sequence[Tensor | None]],
-    eps: Sequence[float],
-    packed: Sequence[Tensor],
-) -> EvalRun:
-    """``chain`` in one native call; ``vectors`` are the five of each conv, ``packed`` its weights, packed, or none."""
-    convs = chain.all_convs
-    weights = [conv.w for conv in convs]
-    none = weights[0].new_empty(0)
-    flat = [none if vector is None else vector for of_conv in vectors for vector in of_conv]
-    all_eps = torch.tensor(eps, dtype=torch.float64)
-    geometry = [size for conv in convs for size in (*conv.stride, *conv.padding, *conv.dilation)]
-    flags = chain.identity, chain.projection is not None, chain.relu
+class NativeChain(NamedTuple):
+    """A chain in one native call, whose arguments these are (fusedres/native.py)."""
 
-    def run(x: Tensor, residual: Tensor | None) -> Tensor:
-        return kernels.eval_chain(x, residual, weights, packed, flat, all_eps, geometry, *flags)
+    weights: list[Tensor]
+    packed: list[Tensor]
+    vectors: list[Tensor]
+    eps: Tensor
+    geometry: list[int]
+    identity: bool
+    projection: bool
+    relu: bool
+    pool: tuple[int, ...]
 
-    return run
+    @classmethod
+    def of(
+        cls,
+        chain: EvalChain[LiveConv] | EvalChain[FoldedConv],
+        vectors: Sequence[Sequence[Tensor | None]],
+        eps: Sequence[float],
+        packed: list[Tensor],
+    ) -> NativeChain:
+        """``vectors`` are the five of each conv, ``packed`` its weights, packed, or none."""
+        convs = chain.all_convs
+        weights = [conv.w for conv in convs]
+        none = weights[0].new_empty(0)
+        flat = [none if vector is None else vector for of_conv in vectors for vector in of_conv]
+        all_eps = torch.tensor(eps, dtype=torch.float64)
+        geometry = [size for conv in convs for size in (*conv.stride, *conv.padding, *conv.dilation)]
+        form = chain.identity, chain.projection is not None, chain.relu, chain.pool or ()
+        return cls(weights, packed, flat, all_eps, geometry, *form)
+
+    def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        return kernels.eval_chain(x, residual, *self)
+
+    @staticmethod
+    def program(chains: Sequence[NativeChain], x_shape: torch.Size) -> Tensor:
+        """``chains``, one behind another, made ready for inputs of ``x_shape``."""
+        lists = [[item for chain in chains for item in chain[field]] for field in range(3)]
+        eps = torch.cat([chain.eps for chain in chains])
+        geometry = [size for chain in chains for size in chain.geometry]
+        forms = [size for chain in chains for size in chain.form]
+        return kernels.eval_program(*lists, eps, geometry, forms, x_shape)
+
+    @property
+    def form(self) -> list[int]:
+        """Its part of the ``forms`` of ``eval_program``."""
+        return [len(self.weights), self.identity, self.projection, self.relu, *(self.pool or (0, 0, 0))]
 
 
 def _is_dense(vector: Tensor, dtype: torch.dtype) -> bool:

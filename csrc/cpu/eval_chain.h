@@ -1,0 +1,61 @@
+// Chains with constant BN: described as the ops are given them, and made ready for inputs of one size.
+#pragma once
+
+#include "cpu/conv.h"
+#include "cpu/maxpool.h"
+
+namespace fusedres::cpu {
+
+// A conv and its BN. A vector that is absent has no elements.
+struct EvalConv {
+  Tensor w;
+  MaybeTensor packed;
+  Tensor bias, gamma, beta, mean, var;
+  double eps;
+  std::vector<int64_t> stride, padding, dilation;
+};
+
+struct EvalChain {
+  std::vector<EvalConv> convs;  // one behind another, then a projection's
+  bool identity, projection, relu;
+  std::optional<PoolWindow> pool;
+
+  int64_t length() const { return static_cast<int64_t>(convs.size()) - projection; }
+};
+
+// The convs in the arguments of an op: of each five vectors and six integers (stride, padding and dilation), and its
+// packed weight or none of any.
+struct EvalArguments {
+  const std::vector<Tensor>&weights, &packed, &vectors;
+  const Tensor& eps;
+  const std::vector<int64_t>& geometry;
+
+  // Throws where they do not go together.
+  void check() const;
+  // Those [first, first + count).
+  std::vector<EvalConv> convs(int64_t first, int64_t count) const;
+};
+
+template <typename T>
+class ReadyChain {
+ public:
+  // `chain` must live as long, and in its place. Its vectors are read now, its weights at every run.
+  ReadyChain(const EvalChain& chain, const Activation& in);
+
+  const Activation& out() const { return pooled_; }
+
+  // x: of those sizes.
+  Tensor run(const Tensor& x, const MaybeTensor& residual, ConvBuffers<T>& buffers) const;
+
+ private:
+  Tensor conv_by_conv(const Tensor& x, const MaybeTensor& residual, ConvBuffers<T>& buffers) const;
+  Tensor image_by_image(const Tensor& x, const MaybeTensor& residual, ConvBuffers<T>& buffers) const;
+
+  const EvalChain& chain_;
+  Activation in_, out_, pooled_;  // around the convs, and behind the pool
+  bool is_by_image_;
+  std::vector<std::vector<T>> affines_;  // scale and shift of each conv: (2, K), or (1, K) without a scale
+  std::vector<PlannedConv<T>> convs_;
+};
+
+}  // namespace fusedres::cpu

@@ -1,0 +1,115 @@
+// The native ops `eval_program` and `eval_network`: chains one behind another in one call.
+#include <torch/csrc/stable/ops.h>
+
+#include <memory>
+
+#include "cpu/eval_chain.h"
+
+namespace fusedres::cpu {
+namespace {
+
+class Program {
+ public:
+  virtual ~Program() = default;
+  virtual Tensor run(const Tensor& x) const = 0;
+};
+
+// Of chains whose weights are packed the program keeps everything that follows from the size of the input and the
+// number of threads; of others nothing, so that it follows every change of their tensors.
+template <typename T>
+class ProgramOf : public Program {
+ public:
+  ProgramOf(std::vector<EvalChain> chains, const Activation& in, bool keeps)
+      : chains_(std::move(chains)), in_(in), threads_(torch::stable::get_num_threads()) {
+    std::vector<ReadyChain<T>> ready = made_ready();
+    if (keeps) ready_ = std::move(ready);
+  }
+
+  Tensor run(const Tensor& x) const override {
+    const Activation a = check_activation(x, "x");
+    require(x.scalar_type() == chains_[0].convs[0].w.scalar_type() && a.N == in_.N && a.C == in_.C && a.H == in_.H &&
+                a.W == in_.W,
+            "x is ", describe(x), ", the program is for (", in_.N, ", ", in_.C, ", ", in_.H, ", ", in_.W, ") in the ",
+            "dtype of its weights");
+    const bool is_ready = !ready_.empty() && threads_ == torch::stable::get_num_threads();
+    return is_ready ? run(x, ready_) : run(x, made_ready());
+  }
+
+ private:
+  std::vector<ReadyChain<T>> made_ready() const {
+    std::vector<ReadyChain<T>> ready;
+    ready.reserve(chains_.size());
+    Activation at = in_;
+    for (const EvalChain& chain : chains_) at = ready.emplace_back(chain, at).out();
+    return ready;
+  }
+
+  static Tensor run(const Tensor& x, const std::vector<ReadyChain<T>>& ready) {
+    ConvBuffers<T> buffers;
+    Tensor y = x;
+    for (const ReadyChain<T>& chain : ready) y = chain.run(y, std::nullopt, buffers);
+    return y;
+  }
+
+  const std::vector<EvalChain> chains_;
+  const Activation in_;
+  const int64_t threads_;
+  std::vector<ReadyChain<T>> ready_;
+};
+
+// What the tensor that stands for a program holds.
+struct Handle {
+  static constexpr uint64_t kMark = 0x66757365'64726573;
+
+  uint64_t mark;
+  const Program* program;
+};
+
+Tensor handle_of(const Program* program) {
+  auto* const handle = new Handle{Handle::kMark, program};
+  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+  const auto discard = [handle](void*) {
+    delete handle->program;
+    delete handle;
+  };
+  return torch::stable::from_blob(handle, {static_cast<int64_t>(sizeof(Handle))}, {1}, cpu, ScalarType::Byte, discard);
+}
+
+}  // namespace
+
+Tensor eval_program(const std::vector<Tensor>& weights, const std::vector<Tensor>& packed,
+                    const std::vector<Tensor>& vectors, const Tensor& eps, const std::vector<int64_t>& geometry,
+                    const std::vector<int64_t>& forms, const std::vector<int64_t>& input_size) {
+  const EvalArguments arguments{weights, packed, vectors, eps, geometry};
+  arguments.check();
+  constexpr size_t kForm = 7;
+  require(input_size.size() == 4 && !forms.empty() && forms.size() % kForm == 0, "input_size or forms are incomplete");
+  std::vector<EvalChain> chains;
+  int64_t first = 0;
+  for (size_t i = 0; i < forms.size(); i += kForm) {
+    const int64_t* const form = forms.data() + i;
+    const bool identity = form[1], projection = form[2], relu = form[3];
+    const int64_t count = form[0];
+    require(count > projection && count <= static_cast<int64_t>(weights.size()) - first, "a chain of ", count,
+            " convs");
+    const auto pool = form[4] == 0 ? std::nullopt : std::optional(PoolWindow{form[4], form[5], form[6]});
+    chains.push_back({arguments.convs(first, count), identity, projection, relu, pool});
+    first += count;
+  }
+  check_weight(weights[0]);
+  const Activation in{input_size[0], input_size[1], input_size[2], input_size[3]};
+  Tensor handle = eps;
+  for_conv_dtype(weights[0].scalar_type(), [&](auto element) {
+    handle = handle_of(new ProgramOf<decltype(element)>(std::move(chains), in, !packed.empty()));
+  });
+  return handle;
+}
+
+Tensor eval_network(const Tensor& x, const Tensor& program) {
+  check_tensor(program, "program", ScalarType::Byte, {static_cast<int64_t>(sizeof(Handle))});
+  const auto& handle = *const_data<Handle>(program);
+  require(handle.mark == Handle::kMark, "program is none that eval_program made");
+  return handle.program->run(x);
+}
+
+}  // namespace fusedres::cpu

@@ -1,0 +1,20 @@
+// Max pooling of square windows.
+#pragma once
+
+#include "cpu/checks.h"
+
+namespace fusedres::cpu {
+
+struct PoolWindow {
+  int64_t kernel, stride, padding;
+
+  // Of an op's three integers, or none.
+  static std::optional<PoolWindow> of(const std::vector<int64_t>& sizes);
+  // The sizes of the output; throws where a map has none.
+  Activation output(const Activation& in) const;
+};
+
+// x: float32 or float64. A window that holds NaN gives NaN.
+Tensor maxpool(const Tensor& x, const PoolWindow& window);
+
+}  // namespace fusedres::cpu
