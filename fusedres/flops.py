@@ -152,6 +152,7 @@ def eval_chain_flops(
     identity: bool,
     projection: bool,
     relu: bool,
+    pool: Sequence[int],
     out_shape: Any = None,
 ) -> int:
     """``geometry`` holds the stride, padding and dilation of each conv, six numbers."""

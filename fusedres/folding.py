@@ -48,11 +48,21 @@ class Entry(NamedTuple):
     state: State | None
     run: EvalRun
 
+    @property
+    def identities(self) -> tuple[Identity, ...]:
+        """What its tensors were; none where they are read at every call."""
+        return () if self.state is None else self.state.identities
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether it follows its tensors by their identities alone."""
+        return self.state is not None and self.state.fingerprint is None
+
     def follows(self, conv: nn.Module, tensors: tuple[Tensor, ...]) -> bool:
         """Whether the chain that begins with ``conv`` computes by what these tensors hold now."""
         if self.state is None:
             return True
-        if self.state.fingerprint is None:
+        if self.is_frozen:
             return all_unchanged(self.state.identities, tensors)
         return self.state == _state(conv, tensors)
 

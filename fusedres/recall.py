@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fusedres import autocast, dispatch, folding
 from fusedres.engines import EvalRun, NetworkRun
 from fusedres.engines.nvidia import is_capturing
-from fusedres.guards import Guard, all_hold
+from fusedres.guards import Guard, Identity, all_hold, all_unchanged
 from fusedres.inspection import is_followed, is_observed
 from fusedres.layout import channels_last
 
@@ -62,8 +62,9 @@ class _Network(NamedTuple):
     call: _Call
     modules: Modules
     guards: tuple[Guard, ...]  # its own first
-    firsts: tuple[nn.Module, ...]  # the first conv of each chain
-    chains: tuple[_Recalled, ...]
+    identities: tuple[Identity, ...]  # of the tensors that the run follows by these alone
+    tensors: tuple[Tensor, ...]
+    others: tuple[tuple[nn.Module, _Recalled], ...]  # every other chain, and its first conv
     run: NetworkRun
 
 
@@ -160,27 +161,32 @@ def _again(net: nn.Module, x: Tensor) -> Tensor | None:
         last is None
         or last.call != _Call.of(x, None, True)
         or not all_hold(last.guards, (net, *last.modules))
-        or not all(map(_follows, last.firsts, last.chains))
+        or not all_unchanged(last.identities, last.tensors)
+        or not all(chain.entry.follows(conv, chain.tensors) for conv, chain in last.others)
     ):
         return None
     with autocast.suspended(x.device.type):
         return last.run(channels_last(x))
 
 
-def _follows(conv: nn.Module, link: _Recalled) -> bool:
-    return link.entry.follows(conv, link.tensors)
-
-
 def _note(net: nn.Module, x: Tensor, chains: Sequence[Modules]) -> None:
     modules = tuple(dict.fromkeys(m for m in net.modules() if m is not net))
-    firsts = tuple(of_chain[0] for of_chain in chains)
-    links = [_chains.get(conv) for conv in firsts]
-    if None in links:  # another thread let go of it
+    firsts = [of_chain[0] for of_chain in chains]
+    known = [_chains.get(conv) for conv in firsts]
+    if None in known:  # another thread let go of it
         return
-    guards = tuple(map(Guard.of, (net, *modules)))
-    known = tuple(filter(None, links))
-    run = _network_run([link.entry.run for link in known], x.shape)
-    _networks[net] = _Network(_Call.of(x, None, True), modules, guards, firsts, known, run)
+    links = list(filter(None, known))
+    frozen = [link for link in links if link.entry.is_frozen]
+    others = tuple((conv, link) for conv, link in zip(firsts, links, strict=True) if not link.entry.is_frozen)
+    _networks[net] = _Network(
+        _Call.of(x, None, True),
+        modules,
+        tuple(map(Guard.of, (net, *modules))),
+        tuple(identity for link in frozen for identity in link.entry.identities),
+        tuple(tensor for link in frozen for tensor in link.tensors),
+        others,
+        _network_run([link.entry.run for link in links], x.shape),
+    )
     _notes[net] = _notes.get(net, 0) + 1
 
 
@@ -191,8 +197,8 @@ def _network_run(chains: Sequence[EvalRun], x_shape: torch.Size) -> NetworkRun:
     def run(x: Tensor) -> Tensor:
         if at_once is not None and not is_observed():
             return at_once(x)
-        for chain in chains:
-            x = chain(x, None)
+        for run_chain in chains:
+            x = run_chain(x, None)
         return x
 
     return run

@@ -8,7 +8,8 @@ packing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -106,7 +107,7 @@ class CPUEngine(Engine):
         kinds = {(bool(chain.packed), chain.weights[0].dtype) for chain in natives}
         if len(natives) < len(chains) or len(kinds) > 1:
             return None
-        program = NativeChain.program(natives, x_shape)
+        program = _program(natives, x_shape)
         return lambda x: kernels.eval_network(x, program)
 
     def head_reason(self, w: Tensor) -> str | None:
@@ -268,8 +269,12 @@ def _input(x: Tensor, in_bn: Tensor | None) -> Tensor:
     return x if in_bn is None else kernels.scale_shift_add_relu(x, in_bn, None, None, True)
 
 
-class NativeChain(NamedTuple):
-    """A chain in one native call, whose arguments these are (fusedres/native.py)."""
+@dataclass(frozen=True, eq=False)
+class NativeChain:
+    """A chain in one native call (fusedres/native.py): the tensors and geometries of its convs, and its form.
+
+    ``vectors`` are the five of each conv; ``packed`` its weights, packed, or none.
+    """
 
     weights: list[Tensor]
     packed: list[Tensor]
@@ -289,7 +294,7 @@ class NativeChain(NamedTuple):
         eps: Sequence[float],
         packed: list[Tensor],
     ) -> NativeChain:
-        """``vectors`` are the five of each conv, ``packed`` its weights, packed, or none."""
+        """``vectors`` are None where absent."""
         convs = chain.all_convs
         weights = [conv.w for conv in convs]
         none = weights[0].new_empty(0)
@@ -300,21 +305,24 @@ class NativeChain(NamedTuple):
         return cls(weights, packed, flat, all_eps, geometry, *form)
 
     def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        return kernels.eval_chain(x, residual, *self)
+        tensors = self.weights, self.packed, self.vectors, self.eps
+        return kernels.eval_chain(
+            x, residual, *tensors, self.geometry, self.identity, self.projection, self.relu, self.pool
+        )
 
-    @staticmethod
-    def program(chains: Sequence[NativeChain], x_shape: torch.Size) -> Tensor:
-        """``chains``, one behind another, made ready for inputs of ``x_shape``."""
-        lists = [[item for chain in chains for item in chain[field]] for field in range(3)]
-        eps = torch.cat([chain.eps for chain in chains])
-        geometry = [size for chain in chains for size in chain.geometry]
-        forms = [size for chain in chains for size in chain.form]
-        return kernels.eval_program(*lists, eps, geometry, forms, x_shape)
 
-    @property
-    def form(self) -> list[int]:
-        """Its part of the ``forms`` of ``eval_program``."""
-        return [len(self.weights), self.identity, self.projection, self.relu, *(self.pool or (0, 0, 0))]
+def _program(chains: Sequence[NativeChain], x_shape: torch.Size) -> Tensor:
+    """``chains``, one behind another, made ready for inputs of ``x_shape``."""
+    forms = [(len(c.weights), c.identity, c.projection, c.relu, *(c.pool or (0, 0, 0))) for c in chains]
+    return kernels.eval_program(
+        [w for chain in chains for w in chain.weights],
+        [w for chain in chains for w in chain.packed],
+        [v for chain in chains for v in chain.vectors],
+        torch.cat([chain.eps for chain in chains]),
+        [size for chain in chains for size in chain.geometry],
+        [size for form in forms for size in form],
+        x_shape,
+    )
 
 
 def _is_dense(vector: Tensor, dtype: torch.dtype) -> bool:
