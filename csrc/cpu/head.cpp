@@ -24,6 +24,20 @@ void map_means(const T* x, const Activation& a, T* means) {
   });
 }
 
+// Of few images the layer is the reading of its weights: as they lie in memory, a row after the other.
+constexpr int64_t kFewImages = 4;
+
+template <typename T>
+void rows_by_images(const Tensor& w, const T* bias, const T* means, int64_t images, T* y) {
+  constexpr int64_t kFeatures = 64;  // of a task
+  const int64_t features = w.size(0), depth = w.size(1);
+  const Cut pieces = Cut::at_most(features, kFeatures);
+  const auto kernel = FUSEDRES_BEST_ISA(head_rows<T>);
+  parallel_for_each(pieces.count, [&](int64_t task) {
+    kernel(const_data<T>(w), bias, means, images, depth, pieces[task], y, features);
+  });
+}
+
 }  // namespace
 
 Tensor head_fprop(const Tensor& x, const Tensor& w, const MaybeTensor& bias) {
@@ -34,10 +48,16 @@ Tensor head_fprop(const Tensor& x, const Tensor& w, const MaybeTensor& bias) {
   const Tensor filter = torch::stable::view(w, {w.size(0), w.size(1), 1, 1});
   check_weight(filter);
   const Tensor means = new_activation({a.N, a.C, 1, 1}, dtype);
+  if (bias) check_tensor(*bias, "bias", dtype, {w.size(0)});
+  std::optional<Tensor> logits;
   for_conv_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     map_means(const_data<T>(x), a, mutable_data<T>(means));
+    if (a.N > kFewImages) return;
+    logits = new_tensor({a.N, w.size(0)}, dtype);
+    rows_by_images(w, const_data<T>(bias), const_data<T>(means), a.N, mutable_data<T>(*logits));
   });
+  if (logits) return *logits;
   const Tensor y = conv_fprop(means, filter, std::nullopt, bias, std::nullopt, {1, 1}, {0, 0}, {1, 1}, false);
   return torch::stable::flatten(y, 1);
 }

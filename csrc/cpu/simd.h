@@ -127,6 +127,19 @@ FUSEDRES_INLINE void store_partial(T* to, Vec<acc_t<T>> value, int64_t count) {
   std::memcpy(to, buffer, count * sizeof(T));
 }
 
+// In pairs, pairs of pairs and so on.
+template <typename T>
+FUSEDRES_INLINE T sum_of_lanes(Vec<T> value) {
+  T lanes[kLanes<T>];
+  std::memcpy(lanes, &value, sizeof lanes);
+#pragma GCC unroll 4
+  for (int64_t half = kLanes<T> / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
+
 // Whether no lane is NaN or infinite.
 template <typename V>
 FUSEDRES_INLINE bool is_finite(V value) {
