@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "cpu/conv_pack.h"
-#include "cpu/conv_run.h"
 #include "cpu/memory.h"
 #include "cpu/parallel.h"
 
@@ -13,79 +12,67 @@ namespace {
 
 // `x` with the padding of its rows written out.
 template <typename T>
-Tensor pad_columns(const T* x, const Conv& conv, ScalarType dtype) {
+const T* pad_columns(const T* x, const Conv& conv, Buffer<T>& padded) {
   const ConvAxis& w = conv.axes.w;
   const int64_t rows = conv.N * conv.axes.h.in, length = w.in * conv.C, margin = w.padding * conv.C;
-  const Tensor padded = new_tensor({rows, length + 2 * margin}, dtype);
-  T* const to = mutable_data<T>(padded);
+  T* const to = padded.of(rows * (length + 2 * margin));
   parallel_for_each(rows, [&](int64_t row) {
     T* at = std::fill_n(to + row * (length + 2 * margin), margin, T{0});
     at = std::copy_n(x + row * length, length, at);
     std::fill_n(at, margin, T{0});
   });
-  return padded;
-}
-
-template <typename T>
-Tensor packed_weight(const ConvPlan& plan, const LooseWeight<T>& weight, ScalarType dtype) {
-  const Tensor packed = new_tensor({plan.packed_elements()}, dtype);
-  pack_weight(plan, weight, mutable_data<T>(packed));
-  return packed;
-}
-
-Tensor checked_packed(const ConvPlan& plan, const Tensor& packed, ScalarType dtype) {
-  check_tensor(packed, "packed", dtype, {plan.packed_elements()});
-  return packed;
+  return to;
 }
 
 }  // namespace
 
 template <typename T>
-Tensor panels(const ConvPlan& plan, const Tensor& w, const MaybeTensor& packed, const MaybeTensor& room) {
-  if (packed) return checked_packed(plan, *packed, w.scalar_type());
-  const LooseWeight<T> loose(plan, fprop_view<T>(w));
-  if (!room || room->numel() < plan.packed_elements()) return packed_weight(plan, loose, w.scalar_type());
-  pack_weight(plan, loose, mutable_data<T>(*room));
-  return *room;
+PlannedConv<T>::PlannedConv(const Conv& conv, ConvPlan plan, const Tensor& w, const MaybeTensor& packed, const T* scale,
+                            const T* shift)
+    : conv(conv),
+      plan(std::move(plan)),
+      weight(fprop_view<T>(w)),
+      packed(const_data<T>(packed)),
+      scale(scale),
+      shift(shift) {
+  if (packed) check_tensor(*packed, "packed", w.scalar_type(), {this->plan.packed_elements()});
 }
 
 template <typename T>
-PlannedConv<T> planned(const Conv& conv, const Tensor& w, const MaybeTensor& packed, const T* scale, const T* shift) {
-  const Weights weights = packed ? Weights::kPacked : Weights::kLoose;
-  return {conv, fprop_plan<T>(conv, torch::stable::get_num_threads(), weights), w, packed, scale, shift};
+ConvPlan shared_plan(const Conv& conv, const MaybeTensor& packed) {
+  return fprop_plan<T>(conv, torch::stable::get_num_threads(), packed ? Weights::kPacked : Weights::kLoose);
 }
 
 template <typename T>
-Tensor run(const PlannedConv<T>& planned, const Tensor& x, const MaybeTensor& residual, bool relu,
-           ConvBuffers<T>& buffers) {
-  const auto& [conv, plan, w, packed, scale, shift] = planned;
-  const ScalarType dtype = x.scalar_type();
-  const Tensor y = new_activation(conv.output(), dtype);
-  if (residual) check_like(*residual, "residual", y, "the output");
-  const Tensor input = merges_columns(conv) ? pad_columns(const_data<T>(x), conv, dtype) : x;
-  ConvOperands<T> operands{const_data<T>(input), nullptr, mutable_data<T>(y), fprop_view<T>(w)};
-  MaybeTensor weight;
+const T* panels(const PlannedConv<T>& planned, Buffer<T>& room) {
+  if (planned.packed != nullptr) return planned.packed;
+  T* const made = room.of(planned.plan.packed_elements());
+  pack_weight(planned.plan, {planned.plan, planned.weight}, made);
+  return made;
+}
+
+template <typename T>
+void run(const PlannedConv<T>& planned, const T* x, const T* residual, bool relu, T* y, ConvBuffers<T>& buffers) {
+  const T* const input = merges_columns(planned.conv) ? pad_columns(x, planned.conv, buffers.padded) : x;
+  ConvOperands<T> operands{input, nullptr, y, planned.weight};
   std::optional<LooseWeight<T>> loose;
-  if (plan.packs_panels) {
-    loose.emplace(plan, operands.weight);
-    operands.loose = &*loose;
+  if (planned.plan.packs_panels) {
+    operands.loose = &loose.emplace(planned.plan, planned.weight);
   } else {
-    weight = panels<T>(plan, w, packed, buffers.panels);
-    operands.packed = const_data<T>(weight);
-    if (!packed) buffers.panels = weight;
+    operands.packed = panels(planned, buffers.panels);
   }
-  operands.scale = scale;
-  operands.bias = shift;
-  operands.residual = const_data<T>(residual);
+  operands.scale = planned.scale;
+  operands.bias = planned.shift;
+  operands.residual = residual;
   operands.relu = relu;
-  run(plan, operands, buffers.tables);
-  return y;
+  run(planned.plan, operands, buffers.tables);
 }
 
-#define FUSEDRES_CONV(T)                                                                                          \
-  template Tensor panels<T>(const ConvPlan&, const Tensor&, const MaybeTensor&, const MaybeTensor&);              \
-  template PlannedConv<T> planned<T>(const Conv&, const Tensor&, const MaybeTensor&, const T*, const T*);         \
-  template Tensor run<T>(const PlannedConv<T>&, const Tensor&, const MaybeTensor&, bool, ConvBuffers<T>&);
+#define FUSEDRES_CONV(T)                                             \
+  template struct PlannedConv<T>;                                    \
+  template ConvPlan shared_plan<T>(const Conv&, const MaybeTensor&); \
+  template const T* panels<T>(const PlannedConv<T>&, Buffer<T>&);    \
+  template void run<T>(const PlannedConv<T>&, const T*, const T*, bool, T*, ConvBuffers<T>&);
 FUSEDRES_CONV(float)
 FUSEDRES_CONV(double)
 
@@ -95,12 +82,14 @@ Tensor conv_pack(const Tensor& w, const std::vector<int64_t>& input_size, const 
   check_pair(input_size, "input_size", 0);
   const Activation in{1, w.size(1), input_size[0], input_size[1]};
   const Conv conv = check_conv(w, in, w.scalar_type(), stride, padding, dilation);
-  Tensor packed = w;
+  MaybeTensor packed;
   for_conv_dtype(w.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    packed = panels<T>(fprop_plan<T>(conv, 1, Weights::kPacked), w, {}, {});
+    const ConvPlan plan = fprop_plan<T>(conv, 1, Weights::kPacked);
+    packed = new_tensor({plan.packed_elements()}, w.scalar_type());
+    pack_weight(plan, {plan, fprop_view<T>(w)}, mutable_data<T>(*packed));
   });
-  return packed;
+  return *packed;
 }
 
 Tensor conv_fprop(const Tensor& x, const Tensor& w, const MaybeTensor& packed, const MaybeTensor& bias,
@@ -109,11 +98,13 @@ Tensor conv_fprop(const Tensor& x, const Tensor& w, const MaybeTensor& packed, c
   const ScalarType dtype = x.scalar_type();
   const Conv conv = check_conv(w, check_activation(x, "x"), dtype, stride, padding, dilation);
   if (bias) check_tensor(*bias, "bias", dtype, {conv.K});
-  Tensor y = x;
+  const Tensor y = new_activation(conv.output(), dtype);
+  if (residual) check_like(*residual, "residual", y, "the output");
   for_conv_dtype(dtype, [&](auto element) {
     using T = decltype(element);
+    const PlannedConv<T> planned(conv, shared_plan<T>(conv, packed), w, packed, nullptr, const_data<T>(bias));
     ConvBuffers<T> buffers;
-    y = run(planned<T>(conv, w, packed, nullptr, const_data<T>(bias)), x, residual, relu, buffers);
+    run(planned, const_data<T>(x), const_data<T>(residual), relu, mutable_data<T>(y), buffers);
   });
   return y;
 }
@@ -139,13 +130,15 @@ Tensor conv_dgrad(const Tensor& dz, const Tensor& w, const std::vector<int64_t>&
   if (dx.numel() == 0) return dx;
   for_conv_dtype(dtype, [&](auto element) {
     using T = decltype(element);
+    Buffer<T> panels;
     std::vector<ConvTable<T>> tables;
     for (const Gather& gather : dgrad_gathers(axes.h, axes.w)) {
       const ConvPlan plan = gather_plan<T>({out.N, C, out.H, out.W, out.C, out.C, axes.h.in, axes.w.in}, gather,
                                            torch::stable::get_num_threads(), Weights::kPacked);
       const WeightView<T> view{const_data<T>(w), {w.stride(1), w.stride(2), w.stride(3), w.stride(0), w.size(0)}};
-      const Tensor weight = packed_weight<T>(plan, {plan, view}, dtype);
-      ConvOperands<T> operands{const_data<T>(dz), const_data<T>(weight), mutable_data<T>(dx), view};
+      T* const packed = panels.of(plan.packed_elements());
+      pack_weight(plan, {plan, view}, packed);
+      ConvOperands<T> operands{const_data<T>(dz), packed, mutable_data<T>(dx), view};
       operands.residual = const_data<T>(residual);
       operands.residual_h = residual ? residual_stride[0] : 1;
       operands.residual_w = residual ? residual_stride[1] : 1;

@@ -3,6 +3,7 @@
 
 #include "cpu/checks.h"
 #include "cpu/conv_run.h"
+#include "cpu/memory.h"
 #include "cpu/ops.h"
 
 namespace fusedres::cpu {
@@ -32,38 +33,41 @@ Tensor eval_network(const Tensor& x, const Tensor& program);
 
 Tensor head_fprop(const Tensor& x, const Tensor& w, const MaybeTensor& bias);
 
-// A conv of inputs of one size, planned: act(scale*conv(x, w) + shift + residual).
-template <typename T>
-struct PlannedConv {
-  Conv conv;
-  ConvPlan plan;
-  Tensor w;
-  MaybeTensor packed;    // its panels; without, every run makes them
-  const T *scale, *shift;  // (K,) or one and zero
-};
-
-// On all threads.
-template <typename T>
-PlannedConv<T> planned(const Conv& conv, const Tensor& w, const MaybeTensor& packed, const T* scale, const T* shift);
-
-// What convs that run one after another hand on: memory that so stays in the caches.
-template <typename T>
-struct ConvBuffers {
-  std::vector<ConvTable<T>> tables;  // one of each thread
-  MaybeTensor panels;                // of the weight in use
-};
-
-template <typename T>
-Tensor run(const PlannedConv<T>& planned, const Tensor& x, const MaybeTensor& residual, bool relu,
-           ConvBuffers<T>& buffers);
-
 template <typename T>
 WeightView<T> fprop_view(const Tensor& w) {
   return {const_data<T>(w), {w.stride(0), w.stride(2), w.stride(3), w.stride(1), w.size(1)}};
 }
 
-// The panels of `w`: `packed`, or made now, in `room` where they find it there.
+// A conv of inputs of one size, planned: act(scale*conv(x, w) + shift + residual). Its tensors must live as long.
 template <typename T>
-Tensor panels(const ConvPlan& plan, const Tensor& w, const MaybeTensor& packed, const MaybeTensor& room);
+struct PlannedConv {
+  PlannedConv(const Conv& conv, ConvPlan plan, const Tensor& w, const MaybeTensor& packed, const T* scale,
+              const T* shift);
+
+  Conv conv;
+  ConvPlan plan;
+  WeightView<T> weight;
+  const T* packed;         // its panels; null where every run makes them
+  const T *scale, *shift;  // (K,) or one and zero
+};
+
+// The plan of a conv on all threads.
+template <typename T>
+ConvPlan shared_plan(const Conv& conv, const MaybeTensor& packed);
+
+// What convs that run one after another hand on.
+template <typename T>
+struct ConvBuffers {
+  std::vector<ConvTable<T>> tables;  // one of each thread
+  Buffer<T> panels, padded;
+};
+
+// The weight's panels, there already or made now, in `room`.
+template <typename T>
+const T* panels(const PlannedConv<T>& planned, Buffer<T>& room);
+
+// On all threads. x, residual and y are dense channels_last.
+template <typename T>
+void run(const PlannedConv<T>& planned, const T* x, const T* residual, bool relu, T* y, ConvBuffers<T>& buffers);
 
 }  // namespace fusedres::cpu

@@ -61,10 +61,10 @@ void run_alone(const ConvPlan& plan, const ConvOperands<T>& operands, ConvTable<
   for (int64_t task = 0; task < plan.tasks(); ++task) kernel(plan, operands, task, table);
 }
 
-#define FUSEDRES_CONV_RUN(T)                                                    \
-  template ConvTile best_conv_tile<T>();                                        \
-  template ConvPlan gather_plan<T>(const ConvSizes&, Gather, int64_t, Weights); \
-  template ConvPlan fprop_plan<T>(const Conv&, int64_t, Weights);               \
+#define FUSEDRES_CONV_RUN(T)                                                                 \
+  template ConvTile best_conv_tile<T>();                                                     \
+  template ConvPlan gather_plan<T>(const ConvSizes&, Gather, int64_t, Weights);              \
+  template ConvPlan fprop_plan<T>(const Conv&, int64_t, Weights);                            \
   template void run<T>(const ConvPlan&, const ConvOperands<T>&, std::vector<ConvTable<T>>&); \
   template void run_alone<T>(const ConvPlan&, const ConvOperands<T>&, ConvTable<T>&);
 FUSEDRES_CONV_RUN(float)

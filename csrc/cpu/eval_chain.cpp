@@ -27,8 +27,16 @@ std::vector<Conv> convs_of(const EvalChain& chain, const Activation& in) {
   return convs;
 }
 
-// Few pixels leave a panel of weights no time to arrive, few images leave threads without work. Convs that merge columns
-// read padding that must be written out.
+bool is_same(const Activation& a, const Activation& b) { return a.N == b.N && a.C == b.C && a.H == b.H && a.W == b.W; }
+
+std::string describe(const Activation& a) {
+  std::ostringstream sizes;
+  sizes << "(" << a.N << ", " << a.C << ", " << a.H << ", " << a.W << ")";
+  return sizes.str();
+}
+
+// Few pixels leave a panel of weights no time to arrive, few images leave threads without work. Convs that merge
+// columns read padding that must be written out.
 bool suits_image_by_image(const std::vector<Conv>& convs, int64_t length, const Activation& in) {
   constexpr int64_t kPixels = 600;
   const int64_t workers = torch::stable::get_num_threads();
@@ -83,8 +91,17 @@ std::vector<EvalConv> EvalArguments::convs(int64_t first, int64_t count) const {
   for (int64_t i = first; i < first + count; ++i) {
     const Tensor* const v = vectors.data() + kVectors * i;
     const int64_t* const g = geometry.data() + kSizes * i;
-    convs.push_back({weights[i], {}, v[0], v[1], v[2], v[3], v[4], const_data<double>(eps)[i],
-                     {g[0], g[1]}, {g[2], g[3]}, {g[4], g[5]}});
+    convs.push_back({weights[i],
+                     {},
+                     v[0],
+                     v[1],
+                     v[2],
+                     v[3],
+                     v[4],
+                     const_data<double>(eps)[i],
+                     {g[0], g[1]},
+                     {g[2], g[3]},
+                     {g[4], g[5]}});
     if (!packed.empty()) convs.back().packed = packed[i];
   }
   return convs;
@@ -95,90 +112,95 @@ ReadyChain<T>::ReadyChain(const EvalChain& chain, const Activation& in) : chain_
   std::vector<Conv> convs = convs_of(chain, in);
   out_ = convs[chain.length() - 1].output();
   pooled_ = chain.pool ? chain.pool->output(out_) : out_;
+  require(!chain.identity || is_same(in, out_), "the input ", describe(in), " is no shortcut for ", describe(out_));
+  require(!chain.projection || is_same(convs.back().output(), out_), "the projection gives ",
+          describe(convs.back().output()), ", expected ", describe(out_));
   is_by_image_ = suits_image_by_image(convs, chain.length(), in);
   for (int64_t i = 0; i < static_cast<int64_t>(convs.size()); ++i) {
     const EvalConv& conv = chain.convs[i];
-    affines_.push_back(affine_of<T>(conv));
-    const T* const shift = affines_.back().data() + affines_.back().size() - convs[i].K;
-    const T* const scale = shift == affines_.back().data() ? nullptr : affines_.back().data();
-    if (is_by_image_) {
-      convs[i].N = 1;
-      convs_.push_back({convs[i], fprop_plan<T>(convs[i], 1, Weights::kPacked), conv.w, conv.packed, scale, shift});
-    } else {
-      convs_.push_back(planned(convs[i], conv.w, conv.packed, scale, shift));
-    }
+    const std::vector<T>& affine = affines_.emplace_back(affine_of<T>(conv));
+    const T* const shift = affine.data() + affine.size() - convs[i].K;
+    const T* const scale = shift == affine.data() ? nullptr : affine.data();
+    if (is_by_image_) convs[i].N = 1;
+    ConvPlan plan = is_by_image_ ? fprop_plan<T>(convs[i], 1, Weights::kPacked) : shared_plan<T>(convs[i], conv.packed);
+    convs_.emplace_back(convs[i], std::move(plan), conv.w, conv.packed, scale, shift);
   }
 }
 
 template <typename T>
-Tensor ReadyChain<T>::run(const Tensor& x, const MaybeTensor& residual, ConvBuffers<T>& buffers) const {
-  const Tensor y = is_by_image_ ? image_by_image(x, residual, buffers) : conv_by_conv(x, residual, buffers);
-  return chain_.pool ? maxpool(y, *chain_.pool) : y;
+void ReadyChain<T>::run(const T* x, const T* residual, T* y, EvalBuffers<T>& buffers) const {
+  T* const to = chain_.pool ? buffers.unpooled.of(out_.numel()) : y;
+  if (is_by_image_) {
+    image_by_image(x, residual, to, buffers);
+  } else {
+    conv_by_conv(x, residual, to, buffers);
+  }
+  if (chain_.pool) maxpool(to, out_, *chain_.pool, y);
+}
+
+template <typename T>
+int64_t ReadyChain<T>::most_between() const {
+  int64_t most = 0;
+  for (int64_t i = 0; i + 1 < chain_.length(); ++i) most = std::max(most, convs_[i].conv.output().numel());
+  return most;
 }
 
 // One conv after the other, each on all threads.
 template <typename T>
-Tensor ReadyChain<T>::conv_by_conv(const Tensor& x, const MaybeTensor& residual, ConvBuffers<T>& buffers) const {
-  const int64_t last = chain_.length() - 1;
-  MaybeTensor shortcut = residual;
-  if (chain_.identity) shortcut = x;
-  if (chain_.projection) shortcut = fusedres::cpu::run(convs_.back(), x, std::nullopt, false, buffers);
-  Tensor a = x;
-  for (int64_t i = 0; i < last; ++i) a = fusedres::cpu::run(convs_[i], a, std::nullopt, true, buffers);
-  return fusedres::cpu::run(convs_[last], a, shortcut, chain_.relu, buffers);
+void ReadyChain<T>::conv_by_conv(const T* x, const T* residual, T* y, EvalBuffers<T>& buffers) const {
+  const int64_t last = chain_.length() - 1, most = most_between();
+  const T* shortcut = chain_.identity ? x : residual;
+  if (chain_.projection) {
+    T* const projected = buffers.shortcut.of(out_.numel());
+    fusedres::cpu::run<T>(convs_.back(), x, nullptr, false, projected, buffers.conv);
+    shortcut = projected;
+  }
+  const T* from = x;
+  for (int64_t i = 0; i < last; ++i) {
+    T* const to = buffers.between[i % 2].of(most);
+    fusedres::cpu::run<T>(convs_[i], from, nullptr, true, to, buffers.conv);
+    from = to;
+  }
+  fusedres::cpu::run<T>(convs_[last], from, shortcut, chain_.relu, y, buffers.conv);
 }
 
 // Large maps of a whole batch leave the caches between two convs, those of one image do not: each thread takes an image
 // through the whole chain.
 template <typename T>
-Tensor ReadyChain<T>::image_by_image(const Tensor& x, const MaybeTensor& residual, ConvBuffers<T>& buffers) const {
-  const ScalarType dtype = x.scalar_type();
-  const int64_t last = chain_.length() - 1;
-  const Tensor y = new_activation(out_, dtype);
-  const int64_t image_elements = out_.H * out_.W * out_.C;
-  require(!chain_.projection || convs_.back().conv.output().numel() == image_elements, "the projection does not give ",
-          describe(y));
-  if (residual) check_like(*residual, "residual", y, "the output");
-  if (chain_.identity) check_like(x, "x", y, "the output");
-
-  std::vector<Tensor> weights;
-  int64_t most = 0;  // elements between two convs
-  for (int64_t i = 0; i < static_cast<int64_t>(convs_.size()); ++i) {
-    weights.push_back(panels<T>(convs_[i].plan, convs_[i].w, convs_[i].packed, std::nullopt));
-    if (i < last) most = std::max(most, convs_[i].conv.output().numel());
-  }
+void ReadyChain<T>::image_by_image(const T* x, const T* residual, T* y, EvalBuffers<T>& buffers) const {
+  const int64_t last = chain_.length() - 1, most = most_between();
+  const int64_t in_elements = in_.H * in_.W * in_.C, out_elements = out_.H * out_.W * out_.C;
+  std::vector<Buffer<T>> made(convs_.size());
+  std::vector<const T*> weights;
+  for (size_t i = 0; i < convs_.size(); ++i) weights.push_back(panels(convs_[i], made[i]));
   const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), in_.N);
-  const Tensor between = new_tensor({workers, 2, most}, dtype);
-  buffers.tables.resize(std::max<size_t>(buffers.tables.size(), workers));
+  T* const between = buffers.between[0].of(workers * 2 * most);
+  std::vector<ConvTable<T>>& tables = buffers.conv.tables;
+  tables.resize(std::max<size_t>(tables.size(), workers));
   share_tasks(workers, in_.N, [&](int64_t worker, int64_t image) {
     const auto run_conv = [&](int64_t i, const T* from, const T* shortcut, bool relu, T* to) {
-      const PlannedConv<T>& planned = convs_[i];
-      ConvOperands<T> operands{from, const_data<T>(weights[i]), to, fprop_view<T>(planned.w)};
-      operands.scale = planned.scale;
-      operands.bias = planned.shift;
+      ConvOperands<T> operands{from, weights[i], to, convs_[i].weight};
+      operands.scale = convs_[i].scale;
+      operands.bias = convs_[i].shift;
       operands.residual = shortcut;
       operands.relu = relu;
-      run_alone(planned.plan, operands, buffers.tables[worker]);
+      run_alone(convs_[i].plan, operands, tables[worker]);
     };
-    const T* const image_x = const_data<T>(x) + image * in_.C * in_.H * in_.W;
-    T* const out = mutable_data<T>(y) + image * image_elements;
-    T* const maps = mutable_data<T>(between) + worker * 2 * most;
-    const T* shortcut = chain_.identity ? image_x
-                        : residual      ? const_data<T>(residual) + image * image_elements
-                                        : nullptr;
+    const T* const image_x = x + image * in_elements;
+    T* const out = y + image * out_elements;
+    const T* shortcut = chain_.identity ? image_x : residual == nullptr ? nullptr : residual + image * out_elements;
     if (chain_.projection) {
       run_conv(last + 1, image_x, nullptr, false, out);
       shortcut = out;  // read where the last conv then writes
     }
     const T* from = image_x;
     for (int64_t i = 0; i < last; ++i) {
-      T* const to = maps + i % 2 * most;
+      T* const to = between + (worker * 2 + i % 2) * most;
       run_conv(i, from, nullptr, true, to);
       from = to;
     }
     run_conv(last, from, shortcut, chain_.relu, out);
   });
-  return y;
 }
 
 template class ReadyChain<float>;
@@ -197,13 +219,16 @@ Tensor eval_chain(const Tensor& x, const MaybeTensor& residual, const std::vecto
   check_weight(weights[0]);
   require(x.scalar_type() == weights[0].scalar_type(), "x is ", describe(x), ", the first weight ",
           describe(weights[0]), ", expected one dtype");
-  Tensor y = x;
+  MaybeTensor y;
   for_conv_dtype(x.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    ConvBuffers<T> buffers;
-    y = ReadyChain<T>(chain, in).run(x, residual, buffers);
+    const ReadyChain<T> ready(chain, in);
+    if (residual) check_channels_last(*residual, "residual", x.scalar_type(), ready.convs_out());
+    y = new_activation(ready.out(), x.scalar_type());
+    EvalBuffers<T> buffers;
+    ready.run(const_data<T>(x), const_data<T>(residual), mutable_data<T>(*y), buffers);
   });
-  return y;
+  return *y;
 }
 
 }  // namespace fusedres::cpu

@@ -36,6 +36,13 @@ struct EvalArguments {
   std::vector<EvalConv> convs(int64_t first, int64_t count) const;
 };
 
+// What chains that run one after another hand on.
+template <typename T>
+struct EvalBuffers {
+  ConvBuffers<T> conv;
+  Buffer<T> between[2], shortcut, unpooled;  // outputs of convs
+};
+
 template <typename T>
 class ReadyChain {
  public:
@@ -44,12 +51,17 @@ class ReadyChain {
 
   const Activation& out() const { return pooled_; }
 
-  // x: of those sizes.
-  Tensor run(const Tensor& x, const MaybeTensor& residual, ConvBuffers<T>& buffers) const;
+  // x of those sizes, the residual of the convs' output; y of out(). All dense channels_last.
+  void run(const T* x, const T* residual, T* y, EvalBuffers<T>& buffers) const;
+
+  // The sizes of a residual.
+  const Activation& convs_out() const { return out_; }
 
  private:
-  Tensor conv_by_conv(const Tensor& x, const MaybeTensor& residual, ConvBuffers<T>& buffers) const;
-  Tensor image_by_image(const Tensor& x, const MaybeTensor& residual, ConvBuffers<T>& buffers) const;
+  void conv_by_conv(const T* x, const T* residual, T* y, EvalBuffers<T>& buffers) const;
+  void image_by_image(const T* x, const T* residual, T* y, EvalBuffers<T>& buffers) const;
+  // The largest output between two convs.
+  int64_t most_between() const;
 
   const EvalChain& chain_;
   Activation in_, out_, pooled_;  // around the convs, and behind the pool

@@ -45,9 +45,17 @@ class ProgramOf : public Program {
   }
 
   static Tensor run(const Tensor& x, const std::vector<ReadyChain<T>>& ready) {
-    ConvBuffers<T> buffers;
-    Tensor y = x;
-    for (const ReadyChain<T>& chain : ready) y = chain.run(y, std::nullopt, buffers);
+    const Tensor y = new_activation(ready.back().out(), x.scalar_type());
+    EvalBuffers<T> buffers;
+    Buffer<T> between[2];
+    int64_t most = 0;
+    for (const ReadyChain<T>& chain : ready) most = std::max(most, chain.out().numel());
+    const T* from = const_data<T>(x);
+    for (size_t i = 0; i < ready.size(); ++i) {
+      T* const to = i + 1 < ready.size() ? between[i % 2].of(most) : mutable_data<T>(y);
+      ready[i].run(from, nullptr, to, buffers);
+      from = to;
+    }
     return y;
   }
 

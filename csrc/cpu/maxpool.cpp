@@ -1,8 +1,8 @@
 // The native ops `bn_relu_maxpool` and `bn_relu_maxpool_backward`, the stem's tail, and the pool of a chain in eval.
 #include "cpu/maxpool.h"
 
-#include "cpu/conv_checks.h"
 #include "cpu/factors.h"
+#include "cpu/geometry.h"
 #include "cpu/isa.h"
 #include "cpu/memory.h"
 #include "cpu/ops.h"
@@ -19,16 +19,12 @@ struct Pool {
   Activation output() const { return {N, C, P, Q}; }
 };
 
-struct Span {
-  int64_t begin, end;
-};
-
 // Operands of the backward; dy and z of type T, bn (4, C) of acc_t<T>; which windows hold an input row or column.
 struct PoolBackward {
   Pool pool;
   const void *dy, *z, *bn;
   const uint8_t* tap;
-  const Span *row_windows, *column_windows;
+  const Range *row_windows, *column_windows;
 };
 
 }  // namespace
@@ -46,8 +42,8 @@ Pool pool_of(const Activation& in, const PoolWindow& window) {
 }
 
 // For every index of an input axis, the windows that hold it: window o covers o*stride - padding + [0, kernel).
-std::vector<Span> windows_of(int64_t size, int64_t out, const Pool& pool) {
-  std::vector<Span> windows(size);
+std::vector<Range> windows_of(int64_t size, int64_t out, const Pool& pool) {
+  std::vector<Range> windows(size);
   for (int64_t i = 0; i < size; ++i) {
     const int64_t at = i + pool.padding;
     const int64_t first = at < pool.kernel ? 0 : (at - pool.kernel) / pool.stride + 1;
@@ -74,18 +70,15 @@ Activation PoolWindow::output(const Activation& in) const {
   return {in.N, in.C, out(in.H), out(in.W)};
 }
 
-Tensor maxpool(const Tensor& x, const PoolWindow& window) {
-  const Pool pool = pool_of(check_activation(x, "x"), window);
-  const Tensor y = new_activation(pool.output(), x.scalar_type());
-  for_conv_dtype(x.scalar_type(), [&](auto element) {
-    using T = decltype(element);
-    const auto kernel = FUSEDRES_BEST_ISA(maxpool<T>);
-    const Blocks blocks = row_blocks(pool.N * pool.P, pool.Q * pool.C, sizeof(T));
-    parallel_for_each(blocks.count(),
-                      [&](int64_t i) { kernel(pool, const_data<T>(x), mutable_data<T>(y), blocks[i]); });
-  });
-  return y;
+template <typename T>
+void maxpool(const T* x, const Activation& in, const PoolWindow& window, T* y) {
+  const Pool pool = pool_of(in, window);
+  const auto kernel = FUSEDRES_BEST_ISA(maxpool<T>);
+  const Blocks blocks = row_blocks(pool.N * pool.P, pool.Q * pool.C, sizeof(T));
+  parallel_for_each(blocks.count(), [&](int64_t i) { kernel(pool, x, y, blocks[i]); });
 }
+template void maxpool<float>(const float*, const Activation&, const PoolWindow&, float*);
+template void maxpool<double>(const double*, const Activation&, const PoolWindow&, double*);
 
 std::tuple<Tensor, Tensor> bn_relu_maxpool(const Tensor& z, const Tensor& bn, int64_t kernel_size, int64_t stride,
                                            int64_t padding) {
@@ -121,7 +114,7 @@ std::tuple<Tensor, Tensor> bn_relu_maxpool_backward(const Tensor& dy, const Tens
   for_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     using Acc = acc_t<T>;
-    const std::vector<Span> rows = windows_of(pool.H, pool.P, pool), columns = windows_of(pool.W, pool.Q, pool);
+    const std::vector<Range> rows = windows_of(pool.H, pool.P, pool), columns = windows_of(pool.W, pool.Q, pool);
     const PoolBackward op{
         pool,        const_data<void>(dy), const_data<void>(z), const_data<void>(bn), const_data<uint8_t>(tap),
         rows.data(), columns.data()};

@@ -14,7 +14,8 @@ struct PoolWindow {
   Activation output(const Activation& in) const;
 };
 
-// x: float32 or float64. A window that holds NaN gives NaN.
-Tensor maxpool(const Tensor& x, const PoolWindow& window);
+// x (in) and y dense channels_last, float or double. A window that holds NaN gives NaN.
+template <typename T>
+void maxpool(const T* x, const Activation& in, const PoolWindow& window, T* y);
 
 }  // namespace fusedres::cpu

@@ -102,7 +102,7 @@ struct Windows {
 
 inline void find_windows(const PoolBackward& op, int64_t image, int64_t h, int64_t w, Windows& windows) {
   const Pool& pool = op.pool;
-  const Span rows = op.row_windows[h], columns = op.column_windows[w];
+  const Range rows = op.row_windows[h], columns = op.column_windows[w];
   windows.count = 0;
   for (int64_t p = rows.begin; p < rows.end; ++p) {
     const int64_t r = h + pool.padding - p * pool.stride;

@@ -13,4 +13,24 @@ namespace fusedres::cpu {
 Tensor new_activation(const Activation& sizes, ScalarType dtype);        // (N, C, H, W) channels_last
 Tensor new_tensor(const std::vector<int64_t>& sizes, ScalarType dtype);  // contiguous
 
+// Uninitialised memory, 64-byte aligned, that grows with the largest of those who use it one after another, so that all
+// find it in the caches.
+template <typename Element>
+class Buffer {
+ public:
+  Element* of(int64_t count) {
+    constexpr int64_t kLine = 64;
+    const int64_t bytes = count * static_cast<int64_t>(sizeof(Element)) + kLine;
+    if (!memory_ || memory_->numel() < bytes) {
+      memory_.reset();
+      memory_ = new_tensor({bytes}, ScalarType::Byte);
+    }
+    const auto address = reinterpret_cast<uintptr_t>(memory_->mutable_data_ptr());
+    return reinterpret_cast<Element*>((address + kLine - 1) / kLine * kLine);
+  }
+
+ private:
+  std::optional<Tensor> memory_;
+};
+
 }  // namespace fusedres::cpu

@@ -15,23 +15,6 @@
 #include "cpu/foreach_isa.h"
 
 namespace fusedres::cpu {
-namespace {
-
-// Uninitialised memory for `count` elements, 64-byte aligned.
-template <typename Element>
-struct Buffer {
-  Tensor memory;
-  Element* data;
-
-  explicit Buffer(int64_t count)
-      : memory(new_tensor({count * static_cast<int64_t>(sizeof(Element)) + 64}, ScalarType::Byte)) {
-    const auto address = reinterpret_cast<uintptr_t>(memory.mutable_data_ptr());
-    data = reinterpret_cast<Element*>((address + 63) / 64 * 64);
-  }
-};
-
-}  // namespace
-
 template <typename T, typename Tile, typename Out>
 void contract_pixels(const WgradProblem& problem, const WgradOperand<T>& g, const WgradOperand<T>& x, Out* dw) {
   const auto accumulate = FUSEDRES_BEST_ISA(wgrad_accumulate<T, Tile>);
@@ -42,14 +25,16 @@ void contract_pixels(const WgradProblem& problem, const WgradOperand<T>& g, cons
   const int64_t tiles = plan.tiles(), chunks = plan.chunks(), tasks = tiles * chunks;
   const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), tasks);
   const bool is_whole = chunks == 1;  // a task's tile is final, and is written at once
-  const Buffer<acc_t<T>> packed(workers * (sizes.row_side + sizes.vector_side));
-  const Buffer<Tile> partial((is_whole ? workers : tasks) * sizes.tile);
+  Buffer<acc_t<T>> sides;
+  Buffer<Tile> sums;
+  acc_t<T>* const packed = sides.of(workers * (sizes.row_side + sizes.vector_side));
+  Tile* const partial = sums.of((is_whole ? workers : tasks) * sizes.tile);
 
   share_tasks(workers, tasks, [&](int64_t worker, int64_t task) {
     const int64_t tile_index = task % tiles;
     if (plan.skips(tile_index)) return;
-    acc_t<T>* row_side = packed.data + worker * (sizes.row_side + sizes.vector_side);
-    Tile* tile = partial.data + (is_whole ? worker : task) * sizes.tile;
+    acc_t<T>* row_side = packed + worker * (sizes.row_side + sizes.vector_side);
+    Tile* tile = partial + (is_whole ? worker : task) * sizes.tile;
     accumulate(plan, g, x, tile_index, task / tiles, row_side, row_side + sizes.row_side, tile);
     for (int64_t panel = 0; is_whole && panel < sizes.row_panels; ++panel) {
       write(plan, tile_index, panel, {tile, 1, 0}, dw);
@@ -59,7 +44,7 @@ void contract_pixels(const WgradProblem& problem, const WgradOperand<T>& g, cons
   parallel_for_each(tiles * sizes.row_panels, [&](int64_t item) {
     const int64_t tile_index = item / sizes.row_panels;
     if (plan.skips(tile_index)) return;
-    const WgradPartials<Tile> partials{partial.data + tile_index * sizes.tile, chunks, tiles * sizes.tile};
+    const WgradPartials<Tile> partials{partial + tile_index * sizes.tile, chunks, tiles * sizes.tile};
     write(plan, tile_index, item % sizes.row_panels, partials, dw);
   });
 }
