@@ -15,7 +15,7 @@ template <typename T>
 const T* pad_columns(const T* x, const Conv& conv, Buffer<T>& padded) {
   const ConvAxis& w = conv.axes.w;
   const int64_t rows = conv.N * conv.axes.h.in, length = w.in * conv.C, margin = w.padding * conv.C;
-  T* const to = padded.of(rows * (length + 2 * margin));
+  T* const to = padded.of({rows, length + 2 * margin});
   parallel_for_each(rows, [&](int64_t row) {
     T* at = std::fill_n(to + row * (length + 2 * margin), margin, T{0});
     at = std::copy_n(x + row * length, length, at);
@@ -46,7 +46,7 @@ ConvPlan shared_plan(const Conv& conv, const MaybeTensor& packed) {
 template <typename T>
 const T* panels(const PlannedConv<T>& planned, Buffer<T>& room) {
   if (planned.packed != nullptr) return planned.packed;
-  T* const made = room.of(planned.plan.packed_elements());
+  T* const made = room.of({planned.plan.packed_elements()});
   pack_weight(planned.plan, {planned.plan, planned.weight}, made);
   return made;
 }
@@ -136,7 +136,7 @@ Tensor conv_dgrad(const Tensor& dz, const Tensor& w, const std::vector<int64_t>&
       const ConvPlan plan = gather_plan<T>({out.N, C, out.H, out.W, out.C, out.C, axes.h.in, axes.w.in}, gather,
                                            torch::stable::get_num_threads(), Weights::kPacked);
       const WeightView<T> view{const_data<T>(w), {w.stride(1), w.stride(2), w.stride(3), w.stride(0), w.size(0)}};
-      T* const packed = panels.of(plan.packed_elements());
+      T* const packed = panels.of({plan.packed_elements()});
       pack_weight(plan, {plan, view}, packed);
       ConvOperands<T> operands{const_data<T>(dz), packed, mutable_data<T>(dx), view};
       operands.residual = const_data<T>(residual);

@@ -129,7 +129,7 @@ ReadyChain<T>::ReadyChain(const EvalChain& chain, const Activation& in) : chain_
 
 template <typename T>
 void ReadyChain<T>::run(const T* x, const T* residual, T* y, EvalBuffers<T>& buffers) const {
-  T* const to = chain_.pool ? buffers.unpooled.of(out_.numel()) : y;
+  T* const to = chain_.pool ? buffers.unpooled.of({out_.numel()}) : y;
   if (is_by_image_) {
     image_by_image(x, residual, to, buffers);
   } else {
@@ -151,13 +151,13 @@ void ReadyChain<T>::conv_by_conv(const T* x, const T* residual, T* y, EvalBuffer
   const int64_t last = chain_.length() - 1, most = most_between();
   const T* shortcut = chain_.identity ? x : residual;
   if (chain_.projection) {
-    T* const projected = buffers.shortcut.of(out_.numel());
+    T* const projected = buffers.shortcut.of({out_.numel()});
     fusedres::cpu::run<T>(convs_.back(), x, nullptr, false, projected, buffers.conv);
     shortcut = projected;
   }
   const T* from = x;
   for (int64_t i = 0; i < last; ++i) {
-    T* const to = buffers.between[i % 2].of(most);
+    T* const to = buffers.between[i % 2].of({most});
     fusedres::cpu::run<T>(convs_[i], from, nullptr, true, to, buffers.conv);
     from = to;
   }
@@ -174,7 +174,7 @@ void ReadyChain<T>::image_by_image(const T* x, const T* residual, T* y, EvalBuff
   std::vector<const T*> weights;
   for (size_t i = 0; i < convs_.size(); ++i) weights.push_back(panels(convs_[i], made[i]));
   const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), in_.N);
-  T* const between = buffers.between[0].of(workers * 2 * most);
+  T* const between = buffers.between[0].of({workers, 2, most});
   std::vector<ConvTable<T>>& tables = buffers.conv.tables;
   tables.resize(std::max<size_t>(tables.size(), workers));
   share_tasks(workers, in_.N, [&](int64_t worker, int64_t image) {

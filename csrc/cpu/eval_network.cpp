@@ -52,7 +52,7 @@ class ProgramOf : public Program {
     for (const ReadyChain<T>& chain : ready) most = std::max(most, chain.out().numel());
     const T* from = const_data<T>(x);
     for (size_t i = 0; i < ready.size(); ++i) {
-      T* const to = i + 1 < ready.size() ? between[i % 2].of(most) : mutable_data<T>(y);
+      T* const to = i + 1 < ready.size() ? between[i % 2].of({most}) : mutable_data<T>(y);
       ready[i].run(from, nullptr, to, buffers);
       from = to;
     }
@@ -65,22 +65,28 @@ class ProgramOf : public Program {
   std::vector<ReadyChain<T>> ready_;
 };
 
-// What the tensor that stands for a program holds.
+// What the tensor that stands for a program holds. It knows its place, for a copy would not keep the program alive.
 struct Handle {
-  static constexpr uint64_t kMark = 0x66757365'64726573;
-
-  uint64_t mark;
-  const Program* program;
+  const Handle* self;
+  std::unique_ptr<const Program> program;
 };
 
-Tensor handle_of(const Program* program) {
-  auto* const handle = new Handle{Handle::kMark, program};
+constexpr int64_t kHandleBytes = sizeof(Handle);
+
+Tensor handle_of(std::unique_ptr<const Program> program) {
+  auto* const handle = new Handle{nullptr, std::move(program)};
+  handle->self = handle;
   const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
-  const auto discard = [handle](void*) {
-    delete handle->program;
-    delete handle;
-  };
-  return torch::stable::from_blob(handle, {static_cast<int64_t>(sizeof(Handle))}, {1}, cpu, ScalarType::Byte, discard);
+  return torch::stable::from_blob(handle, {kHandleBytes}, {1}, cpu, ScalarType::Byte,
+                                  [handle](void*) { delete handle; });
+}
+
+const Program& program_of(const Tensor& tensor) {
+  check_tensor(tensor, "program", ScalarType::Byte, {kHandleBytes});
+  const auto* const handle = const_data<Handle>(tensor);
+  const bool is_aligned = reinterpret_cast<uintptr_t>(handle) % alignof(Handle) == 0;
+  require(is_aligned && handle->self == handle, "program is none that eval_program made");
+  return *handle->program;
 }
 
 }  // namespace
@@ -91,7 +97,9 @@ Tensor eval_program(const std::vector<Tensor>& weights, const std::vector<Tensor
   const EvalArguments arguments{weights, packed, vectors, eps, geometry};
   arguments.check();
   constexpr size_t kForm = 7;
-  require(input_size.size() == 4 && !forms.empty() && forms.size() % kForm == 0, "input_size or forms are incomplete");
+  require(input_size.size() == 4 && input_size[0] >= 0, "input_size is not (N, C, H, W)");
+  bytes_of(input_size, sizeof(double));
+  require(!forms.empty() && forms.size() % kForm == 0, "forms are not ", kForm, " integers of each chain");
   std::vector<EvalChain> chains;
   int64_t first = 0;
   for (size_t i = 0; i < forms.size(); i += kForm) {
@@ -108,16 +116,11 @@ Tensor eval_program(const std::vector<Tensor>& weights, const std::vector<Tensor
   const Activation in{input_size[0], input_size[1], input_size[2], input_size[3]};
   Tensor handle = eps;
   for_conv_dtype(weights[0].scalar_type(), [&](auto element) {
-    handle = handle_of(new ProgramOf<decltype(element)>(std::move(chains), in, !packed.empty()));
+    handle = handle_of(std::make_unique<ProgramOf<decltype(element)>>(std::move(chains), in, !packed.empty()));
   });
   return handle;
 }
 
-Tensor eval_network(const Tensor& x, const Tensor& program) {
-  check_tensor(program, "program", ScalarType::Byte, {static_cast<int64_t>(sizeof(Handle))});
-  const auto& handle = *const_data<Handle>(program);
-  require(handle.mark == Handle::kMark, "program is none that eval_program made");
-  return handle.program->run(x);
-}
+Tensor eval_network(const Tensor& x, const Tensor& program) { return program_of(program).run(x); }
 
 }  // namespace fusedres::cpu

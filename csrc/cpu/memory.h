@@ -18,9 +18,10 @@ Tensor new_tensor(const std::vector<int64_t>& sizes, ScalarType dtype);  // cont
 template <typename Element>
 class Buffer {
  public:
-  Element* of(int64_t count) {
+  // Throws where nothing can have these sizes.
+  Element* of(const std::vector<int64_t>& sizes) {
     constexpr int64_t kLine = 64;
-    const int64_t bytes = count * static_cast<int64_t>(sizeof(Element)) + kLine;
+    const int64_t bytes = bytes_of(sizes, sizeof(Element)) + kLine;
     if (!memory_ || memory_->numel() < bytes) {
       memory_.reset();
       memory_ = new_tensor({bytes}, ScalarType::Byte);

@@ -27,8 +27,8 @@ void contract_pixels(const WgradProblem& problem, const WgradOperand<T>& g, cons
   const bool is_whole = chunks == 1;  // a task's tile is final, and is written at once
   Buffer<acc_t<T>> sides;
   Buffer<Tile> sums;
-  acc_t<T>* const packed = sides.of(workers * (sizes.row_side + sizes.vector_side));
-  Tile* const partial = sums.of((is_whole ? workers : tasks) * sizes.tile);
+  acc_t<T>* const packed = sides.of({workers, sizes.row_side + sizes.vector_side});
+  Tile* const partial = sums.of({is_whole ? workers : tasks, sizes.tile});
 
   share_tasks(workers, tasks, [&](int64_t worker, int64_t task) {
     const int64_t tile_index = task % tiles;

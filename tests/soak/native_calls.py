@@ -186,8 +186,22 @@ def conv_dgrad(d: Draw) -> tuple[Any, ...]:
     return dz, w, list(size[2:]), stride, padding, dilation, residual, step
 
 
-def eval_chain(d: Draw) -> tuple[Any, ...]:
-    size, dtype = d.size(), d.one_of(*CONV_FLOATS)
+class Chain(NamedTuple):
+    """The arguments of ``eval_chain`` beside the activations, and the sizes of what the convs and the pool give."""
+
+    weights: list[Tensor]
+    packed: list[Tensor]
+    vectors: list[Tensor]
+    geometry: list[int]
+    identity: bool
+    projection: bool
+    relu: bool
+    pool: list[int]
+    convs_out: tuple[int, ...]
+    out: tuple[int, ...]
+
+
+def _chain(d: Draw, size: tuple[int, ...], dtype: torch.dtype) -> Chain:
     count, projection = d.random.randint(1, 3), d.one_of(True, False)
     weights, packed, geometry, at = [], [], [], size
     for _ in range(count):
@@ -205,12 +219,42 @@ def eval_chain(d: Draw) -> tuple[Any, ...]:
     vectors = [
         d.one_of(torch.empty(0, dtype=dtype), d.tensor(len(w), dtype=dtype).abs()) for w in weights for _ in range(5)
     ]
-    packed = d.one_of([], packed)
     identity = not projection and at == size and d.one_of(True, False)
-    residual = None if identity or projection else d.maybe(d.map(at, dtype))
-    eps = torch.full((len(weights),), 1e-5, dtype=torch.float64)
-    relu = d.one_of(True, False)
-    return d.map(size, dtype), residual, weights, packed, vectors, eps, geometry, identity, projection, relu
+    pool = d.one_of([], [], [3, 2, 1])
+    out = (*at[:2], *outputs(at, [3, 3], [2, 2], [1, 1], [1, 1])) if pool else at
+    return Chain(weights, packed, vectors, geometry, identity, projection, d.one_of(True, False), pool, at, out)
+
+
+def _eps(convs: int) -> Tensor:
+    return torch.full((convs,), 1e-5, dtype=torch.float64)
+
+
+def eval_chain(d: Draw) -> tuple[Any, ...]:
+    size, dtype = d.size(), d.one_of(*CONV_FLOATS)
+    chain = _chain(d, size, dtype)
+    given = None if chain.identity or chain.projection else d.maybe(d.map(chain.convs_out, dtype))
+    packed, eps = d.one_of([], chain.packed), _eps(len(chain.weights))
+    form = chain.identity, chain.projection, chain.relu, chain.pool
+    return d.map(size, dtype), given, chain.weights, packed, chain.vectors, eps, chain.geometry, *form
+
+
+def eval_program(d: Draw) -> tuple[Any, ...]:
+    size, dtype = d.size(), d.one_of(*CONV_FLOATS)
+    chains, at = [], size
+    for _ in range(d.random.randint(1, 3)):
+        chains.append(_chain(d, at, dtype))
+        at = chains[-1].out
+    weights, packed, vectors, geometry = (
+        list(itertools.chain(*lists)) for lists in list(zip(*chains, strict=True))[:4]
+    )
+    forms = [(len(c.weights), c.identity, c.projection, c.relu, *(c.pool or (0, 0, 0))) for c in chains]
+    eps = _eps(len(weights))
+    return weights, d.one_of([], packed), vectors, eps, geometry, list(itertools.chain(*forms)), list(size)
+
+
+def eval_network(d: Draw) -> tuple[Any, ...]:
+    program = eval_program(d)
+    return d.map(tuple(program[-1]), program[0][0].dtype), torch.ops.fusedres_cpu.eval_program(*program)
 
 
 def head_fprop(d: Draw) -> tuple[Any, ...]:
@@ -266,8 +310,8 @@ RIGHT: dict[str, Callable[[Draw], tuple[Any, ...]]] = {
             bn_relu_maxpool,
             bn_relu_maxpool_backward,
         ),
-        *(conv_pack, conv_fprop, conv_dgrad, eval_chain, head_fprop, conv_wgrad, centered_wgrad, input_moments),
-        *(max_abs, fingerprint),
+        *(conv_pack, conv_fprop, conv_dgrad, conv_wgrad, centered_wgrad, input_moments),
+        *(eval_chain, eval_program, eval_network, head_fprop, max_abs, fingerprint),
     )
 }
 
