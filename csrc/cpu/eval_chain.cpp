@@ -91,17 +91,16 @@ std::vector<EvalConv> EvalArguments::convs(int64_t first, int64_t count) const {
   for (int64_t i = first; i < first + count; ++i) {
     const Tensor* const v = vectors.data() + kVectors * i;
     const int64_t* const g = geometry.data() + kSizes * i;
-    convs.push_back({weights[i],
-                     {},
-                     v[0],
-                     v[1],
-                     v[2],
-                     v[3],
-                     v[4],
-                     const_data<double>(eps)[i],
-                     {g[0], g[1]},
-                     {g[2], g[3]},
-                     {g[4], g[5]}});
+    convs.push_back({.w = weights[i],
+                     .bias = v[0],
+                     .gamma = v[1],
+                     .beta = v[2],
+                     .mean = v[3],
+                     .var = v[4],
+                     .eps = const_data<double>(eps)[i],
+                     .stride = {g[0], g[1]},
+                     .padding = {g[2], g[3]},
+                     .dilation = {g[4], g[5]}});
     if (!packed.empty()) convs.back().packed = packed[i];
   }
   return convs;
@@ -110,11 +109,12 @@ std::vector<EvalConv> EvalArguments::convs(int64_t first, int64_t count) const {
 template <typename T>
 ReadyChain<T>::ReadyChain(const EvalChain& chain, const Activation& in) : chain_(chain), in_(in) {
   std::vector<Conv> convs = convs_of(chain, in);
-  out_ = convs[chain.length() - 1].output();
-  pooled_ = chain.pool ? chain.pool->output(out_) : out_;
-  require(!chain.identity || is_same(in, out_), "the input ", describe(in), " is no shortcut for ", describe(out_));
-  require(!chain.projection || is_same(convs.back().output(), out_), "the projection gives ",
-          describe(convs.back().output()), ", expected ", describe(out_));
+  convs_out_ = convs[chain.length() - 1].output();
+  out_ = chain.pool ? chain.pool->output(convs_out_) : convs_out_;
+  require(!chain.identity || is_same(in, convs_out_), "the input ", describe(in), " is no shortcut for ",
+          describe(convs_out_));
+  require(!chain.projection || is_same(convs.back().output(), convs_out_), "the projection gives ",
+          describe(convs.back().output()), ", expected ", describe(convs_out_));
   is_by_image_ = suits_image_by_image(convs, chain.length(), in);
   for (int64_t i = 0; i < static_cast<int64_t>(convs.size()); ++i) {
     const EvalConv& conv = chain.convs[i];
@@ -129,13 +129,14 @@ ReadyChain<T>::ReadyChain(const EvalChain& chain, const Activation& in) : chain_
 
 template <typename T>
 void ReadyChain<T>::run(const T* x, const T* residual, T* y, EvalBuffers<T>& buffers) const {
-  T* const to = chain_.pool ? buffers.unpooled.of({out_.numel()}) : y;
+  Buffer<T> unpooled;
+  T* const to = chain_.pool ? unpooled.of({convs_out_.numel()}) : y;
   if (is_by_image_) {
     image_by_image(x, residual, to, buffers);
   } else {
     conv_by_conv(x, residual, to, buffers);
   }
-  if (chain_.pool) maxpool(to, out_, *chain_.pool, y);
+  if (chain_.pool) maxpool(to, convs_out_, *chain_.pool, y);
 }
 
 template <typename T>
@@ -151,9 +152,8 @@ void ReadyChain<T>::conv_by_conv(const T* x, const T* residual, T* y, EvalBuffer
   const int64_t last = chain_.length() - 1, most = most_between();
   const T* shortcut = chain_.identity ? x : residual;
   if (chain_.projection) {
-    T* const projected = buffers.shortcut.of({out_.numel()});
-    fusedres::cpu::run<T>(convs_.back(), x, nullptr, false, projected, buffers.conv);
-    shortcut = projected;
+    fusedres::cpu::run<T>(convs_.back(), x, nullptr, false, y, buffers.conv);
+    shortcut = y;  // read where the last conv then writes
   }
   const T* from = x;
   for (int64_t i = 0; i < last; ++i) {
@@ -169,7 +169,7 @@ void ReadyChain<T>::conv_by_conv(const T* x, const T* residual, T* y, EvalBuffer
 template <typename T>
 void ReadyChain<T>::image_by_image(const T* x, const T* residual, T* y, EvalBuffers<T>& buffers) const {
   const int64_t last = chain_.length() - 1, most = most_between();
-  const int64_t in_elements = in_.H * in_.W * in_.C, out_elements = out_.H * out_.W * out_.C;
+  const int64_t in_elements = in_.H * in_.W * in_.C, out_elements = convs_out_.H * convs_out_.W * convs_out_.C;
   std::vector<Buffer<T>> made(convs_.size());
   std::vector<const T*> weights;
   for (size_t i = 0; i < convs_.size(); ++i) weights.push_back(panels(convs_[i], made[i]));

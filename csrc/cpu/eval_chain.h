@@ -40,7 +40,7 @@ struct EvalArguments {
 template <typename T>
 struct EvalBuffers {
   ConvBuffers<T> conv;
-  Buffer<T> between[2], shortcut, unpooled;  // outputs of convs
+  Buffer<T> between[2];  // outputs of convs that others read
 };
 
 template <typename T>
@@ -49,13 +49,12 @@ class ReadyChain {
   // `chain` must live as long, and in its place. Its vectors are read now, its weights at every run.
   ReadyChain(const EvalChain& chain, const Activation& in);
 
-  const Activation& out() const { return pooled_; }
+  // What the convs give, as a residual must be, and what comes out behind the pool.
+  const Activation& convs_out() const { return convs_out_; }
+  const Activation& out() const { return out_; }
 
-  // x of those sizes, the residual of the convs' output; y of out(). All dense channels_last.
+  // All dense channels_last: x of those sizes, a residual or null, y.
   void run(const T* x, const T* residual, T* y, EvalBuffers<T>& buffers) const;
-
-  // The sizes of a residual.
-  const Activation& convs_out() const { return out_; }
 
  private:
   void conv_by_conv(const T* x, const T* residual, T* y, EvalBuffers<T>& buffers) const;
@@ -64,7 +63,7 @@ class ReadyChain {
   int64_t most_between() const;
 
   const EvalChain& chain_;
-  Activation in_, out_, pooled_;  // around the convs, and behind the pool
+  Activation in_, convs_out_, out_;
   bool is_by_image_;
   std::vector<std::vector<T>> affines_;  // scale and shift of each conv: (2, K), or (1, K) without a scale
   std::vector<PlannedConv<T>> convs_;
