@@ -96,6 +96,20 @@ def test_what_is_not_packed_is_read_at_every_call() -> None:
     assert torch.equal(after, net.chain_by_chain(x))
 
 
+def test_a_weight_that_lies_otherwise_is_planned_anew() -> None:
+    net = Net(is_packed=False)
+    x, program = net.x(2), net.program(2)
+    expected = kernels.eval_network(x, program)
+    net.weights[1].data = net.weights[1].data.contiguous(memory_format=CL)
+    net.weights[2].data = net.weights[2].data.transpose(0, 1).contiguous().transpose(0, 1)
+    assert torch.equal(kernels.eval_network(x, program), expected)
+    net.weights[2].data = torch.ones(1, 1, 1, 1).expand(16, 16, 3, 3)
+    assert torch.equal(kernels.eval_network(x, program), net.chain_by_chain(x))
+    net.weights[2].data = torch.ones(16, 8, 3, 3)
+    with pytest.raises(RuntimeError, match="number of channels"):
+        kernels.eval_network(x, program)
+
+
 def test_a_program_keeps_its_tensors() -> None:
     net = Net()
     x, program = net.x(2), net.program(2)

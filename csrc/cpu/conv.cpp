@@ -26,53 +26,55 @@ const T* pad_columns(const T* x, const Conv& conv, Buffer<T>& padded) {
 
 }  // namespace
 
-template <typename T>
-PlannedConv<T>::PlannedConv(const Conv& conv, ConvPlan plan, const Tensor& w, const MaybeTensor& packed, const T* scale,
-                            const T* shift)
-    : conv(conv),
-      plan(std::move(plan)),
-      weight(fprop_view<T>(w)),
-      packed(const_data<T>(packed)),
-      scale(scale),
-      shift(shift) {
-  if (packed) check_tensor(*packed, "packed", w.scalar_type(), {this->plan.packed_elements()});
+PlannedConv::PlannedConv(const Conv& conv, ConvPlan plan, const WeightStrides& strides, bool is_packed)
+    : conv(conv), plan(std::move(plan)), strides(strides) {
+  if (!is_packed) order.emplace(this->plan, strides);
 }
 
 template <typename T>
-ConvPlan shared_plan(const Conv& conv, const MaybeTensor& packed) {
-  return fprop_plan<T>(conv, torch::stable::get_num_threads(), packed ? Weights::kPacked : Weights::kLoose);
+PlannedConv planned(const Conv& conv, const WeightStrides& strides, bool is_packed) {
+  const Weights weights = is_packed ? Weights::kPacked : Weights::kLoose;
+  return {conv, fprop_plan<T>(conv, torch::stable::get_num_threads(), weights), strides, is_packed};
 }
 
 template <typename T>
-const T* panels(const PlannedConv<T>& planned, Buffer<T>& room) {
-  if (planned.packed != nullptr) return planned.packed;
+ConvValues<T> values_of(const PlannedConv& planned, const Tensor& w, const MaybeTensor& packed, const T* scale,
+                        const T* shift) {
+  if (packed) check_tensor(*packed, "packed", w.scalar_type(), {planned.plan.packed_elements()});
+  return {const_data<T>(w), const_data<T>(packed), scale, shift};
+}
+
+template <typename T>
+const T* panels(const PlannedConv& planned, const ConvValues<T>& values, Buffer<T>& room) {
+  if (values.packed != nullptr) return values.packed;
   T* const made = room.of({planned.plan.packed_elements()});
-  pack_weight(planned.plan, {planned.plan, planned.weight}, made);
+  pack_weight<T>(planned.plan, {values.w, *planned.order}, made);
   return made;
 }
 
 template <typename T>
-void run(const PlannedConv<T>& planned, const T* x, const T* residual, bool relu, T* y, ConvBuffers<T>& buffers) {
+void run(const PlannedConv& planned, const ConvValues<T>& values, const T* x, const T* residual, bool relu, T* y,
+         ConvBuffers<T>& buffers) {
   const T* const input = merges_columns(planned.conv) ? pad_columns(x, planned.conv, buffers.padded) : x;
-  ConvOperands<T> operands{input, nullptr, y, planned.weight};
+  ConvOperands<T> operands{input, nullptr, y, {values.w, planned.strides}};
   std::optional<LooseWeight<T>> loose;
   if (planned.plan.packs_panels) {
-    operands.loose = &loose.emplace(planned.plan, planned.weight);
+    operands.loose = &loose.emplace(values.w, *planned.order);
   } else {
-    operands.packed = panels(planned, buffers.panels);
+    operands.packed = panels(planned, values, buffers.panels);
   }
-  operands.scale = planned.scale;
-  operands.bias = planned.shift;
+  operands.scale = values.scale;
+  operands.bias = values.shift;
   operands.residual = residual;
   operands.relu = relu;
   run(planned.plan, operands, buffers.tables);
 }
 
-#define FUSEDRES_CONV(T)                                             \
-  template struct PlannedConv<T>;                                    \
-  template ConvPlan shared_plan<T>(const Conv&, const MaybeTensor&); \
-  template const T* panels<T>(const PlannedConv<T>&, Buffer<T>&);    \
-  template void run<T>(const PlannedConv<T>&, const T*, const T*, bool, T*, ConvBuffers<T>&);
+#define FUSEDRES_CONV(T)                                                                                          \
+  template PlannedConv planned<T>(const Conv&, const WeightStrides&, bool);                                       \
+  template ConvValues<T> values_of<T>(const PlannedConv&, const Tensor&, const MaybeTensor&, const T*, const T*); \
+  template const T* panels<T>(const PlannedConv&, const ConvValues<T>&, Buffer<T>&);                              \
+  template void run<T>(const PlannedConv&, const ConvValues<T>&, const T*, const T*, bool, T*, ConvBuffers<T>&);
 FUSEDRES_CONV(float)
 FUSEDRES_CONV(double)
 
@@ -87,7 +89,7 @@ Tensor conv_pack(const Tensor& w, const std::vector<int64_t>& input_size, const 
     using T = decltype(element);
     const ConvPlan plan = fprop_plan<T>(conv, 1, Weights::kPacked);
     packed = new_tensor({plan.packed_elements()}, w.scalar_type());
-    pack_weight(plan, {plan, fprop_view<T>(w)}, mutable_data<T>(*packed));
+    pack_weight<T>(plan, {const_data<T>(w), WeightOrder(plan, fprop_strides(w))}, mutable_data<T>(*packed));
   });
   return *packed;
 }
@@ -102,9 +104,10 @@ Tensor conv_fprop(const Tensor& x, const Tensor& w, const MaybeTensor& packed, c
   if (residual) check_like(*residual, "residual", y, "the output");
   for_conv_dtype(dtype, [&](auto element) {
     using T = decltype(element);
-    const PlannedConv<T> planned(conv, shared_plan<T>(conv, packed), w, packed, nullptr, const_data<T>(bias));
+    const PlannedConv conv_on_all = planned<T>(conv, fprop_strides(w), packed.has_value());
+    const ConvValues<T> values = values_of<T>(conv_on_all, w, packed, nullptr, const_data<T>(bias));
     ConvBuffers<T> buffers;
-    run(planned, const_data<T>(x), const_data<T>(residual), relu, mutable_data<T>(y), buffers);
+    run(conv_on_all, values, const_data<T>(x), const_data<T>(residual), relu, mutable_data<T>(y), buffers);
   });
   return y;
 }
@@ -137,7 +140,7 @@ Tensor conv_dgrad(const Tensor& dz, const Tensor& w, const std::vector<int64_t>&
                                            torch::stable::get_num_threads(), Weights::kPacked);
       const WeightView<T> view{const_data<T>(w), {w.stride(1), w.stride(2), w.stride(3), w.stride(0), w.size(0)}};
       T* const packed = panels.of({plan.packed_elements()});
-      pack_weight(plan, {plan, view}, packed);
+      pack_weight<T>(plan, {view.w, WeightOrder(plan, view.strides)}, packed);
       ConvOperands<T> operands{const_data<T>(dz), packed, mutable_data<T>(dx), view};
       operands.residual = const_data<T>(residual);
       operands.residual_h = residual ? residual_stride[0] : 1;

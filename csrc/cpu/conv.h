@@ -33,27 +33,37 @@ Tensor eval_network(const Tensor& x, const Tensor& program);
 
 Tensor head_fprop(const Tensor& x, const Tensor& w, const MaybeTensor& bias);
 
-template <typename T>
-WeightView<T> fprop_view(const Tensor& w) {
-  return {const_data<T>(w), {w.stride(0), w.stride(2), w.stride(3), w.stride(1), w.size(1)}};
+// Of a weight (K, C, R, S) that a conv of the input reads.
+inline WeightStrides fprop_strides(const Tensor& w) {
+  return {w.stride(0), w.stride(2), w.stride(3), w.stride(1), w.size(1)};
 }
 
-// A conv of inputs of one size, planned: act(scale*conv(x, w) + shift + residual). Its tensors must live as long.
-template <typename T>
+// A conv of inputs of one size, planned, whatever its tensors hold.
 struct PlannedConv {
-  PlannedConv(const Conv& conv, ConvPlan plan, const Tensor& w, const MaybeTensor& packed, const T* scale,
-              const T* shift);
+  // A weight that does not come packed is packed at every run.
+  PlannedConv(const Conv& conv, ConvPlan plan, const WeightStrides& strides, bool is_packed);
 
   Conv conv;
   ConvPlan plan;
-  WeightView<T> weight;
-  const T* packed;         // its panels; null where every run makes them
-  const T *scale, *shift;  // (K,) or one and zero
+  WeightStrides strides;
+  std::optional<WeightOrder> order;  // where it is packed at every run
 };
 
 // The plan of a conv on all threads.
 template <typename T>
-ConvPlan shared_plan(const Conv& conv, const MaybeTensor& packed);
+PlannedConv planned(const Conv& conv, const WeightStrides& strides, bool is_packed);
+
+// What its tensors hold: act(scale*conv(x, w) + shift + residual).
+template <typename T>
+struct ConvValues {
+  const T *w, *packed;     // packed: null where it is packed at every run
+  const T *scale, *shift;  // (K,) or one and zero
+};
+
+// Of a weight that is checked.
+template <typename T>
+ConvValues<T> values_of(const PlannedConv& planned, const Tensor& w, const MaybeTensor& packed, const T* scale,
+                        const T* shift);
 
 // What convs that run one after another hand on.
 template <typename T>
@@ -64,10 +74,11 @@ struct ConvBuffers {
 
 // The weight's panels, there already or made now, in `room`.
 template <typename T>
-const T* panels(const PlannedConv<T>& planned, Buffer<T>& room);
+const T* panels(const PlannedConv& planned, const ConvValues<T>& values, Buffer<T>& room);
 
 // On all threads. x, residual and y are dense channels_last.
 template <typename T>
-void run(const PlannedConv<T>& planned, const T* x, const T* residual, bool relu, T* y, ConvBuffers<T>& buffers);
+void run(const PlannedConv& planned, const ConvValues<T>& values, const T* x, const T* residual, bool relu, T* y,
+         ConvBuffers<T>& buffers);
 
 }  // namespace fusedres::cpu

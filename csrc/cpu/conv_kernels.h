@@ -16,7 +16,7 @@ const T* conv_panel_rows(const ConvPlan& plan, const ConvOperands<T>& operands, 
   }
   const LooseWeight<T>& weight = *operands.loose;
   const auto pack = conv_pack_piece<T>(weight);
-  if (!weight.is_in_order) {
+  if (!weight.order.is_in_order) {
     const int64_t all = plan.gather.taps() * plan.sizes.depth;
     table.panel.resize(all * kConvChannels<T>);
     if (rows.begin == 0) pack(plan, weight, panel, {0, all}, 0, table.panel.data());

@@ -8,7 +8,24 @@
 
 namespace fusedres::cpu {
 
-PanelRows::PanelRows(const ConvPlan& plan, const WeightStrides& strides) {
+namespace {
+
+// The row at each offset; nothing where these are not all of [0, rows), as in a weight with gaps or an expanded one.
+std::vector<int64_t> rows_at(const std::vector<int64_t>& offsets) {
+  const int64_t count = offsets.size();
+  std::vector<int64_t> rows(count, -1);
+  for (int64_t row = 0; row < count; ++row) {
+    const int64_t at = offsets[row];
+    if (!is_within(at, count) || rows[at] >= 0) return {};
+    rows[at] = row;
+  }
+  return rows;
+}
+
+}  // namespace
+
+WeightOrder::WeightOrder(const ConvPlan& plan, const WeightStrides& strides)
+    : step(strides.K), is_tap_after_tap(strides.C == 1) {
   const int64_t count = plan.gather.taps() * plan.sizes.depth, columns = plan.sizes.depth / strides.channels;
   offsets.reserve(count);
   for (const int64_t r : plan.gather.h.taps) {
@@ -26,27 +43,9 @@ PanelRows::PanelRows(const ConvPlan& plan, const WeightStrides& strides) {
     }
     offsets = std::move(by_channel);
   }
-  rows.resize(count);
-  for (int64_t row = 0; row < count; ++row) {
-    if (offsets[row] < 0 || offsets[row] >= count) {
-      rows.clear();
-      return;
-    }
-    rows[offsets[row]] = row;
-  }
-  const auto is_alone = [&](int64_t row) { return rows[offsets[row]] == row; };  // not so in an expanded weight
-  for (int64_t row = 0; row < count && !rows.empty(); ++row) {
-    if (!is_alone(row)) rows.clear();
-  }
+  rows = rows_at(offsets);
+  is_in_order = step == 1 || std::is_sorted(rows.begin(), rows.end());
 }
-
-template <typename T>
-LooseWeight<T>::LooseWeight(const ConvPlan& plan, const WeightView<T>& weight)
-    : w(weight.w),
-      step(weight.strides.K),
-      rows(plan, weight.strides),
-      is_in_order(step == 1 || std::is_sorted(rows.rows.begin(), rows.rows.end())),
-      is_tap_after_tap(weight.strides.C == 1) {}
 
 template <typename T>
 void pack_weight(const ConvPlan& plan, const LooseWeight<T>& weight, T* packed) {
@@ -55,7 +54,7 @@ void pack_weight(const ConvPlan& plan, const LooseWeight<T>& weight, T* packed) 
     return parallel_for_each(plan.panels,
                              [&](int64_t panel) { pack(plan, weight, panel, packed + panel * plan.panel_elements()); });
   }
-  const Cut pieces = Cut::at_most(weight.rows.offsets.size(), 256);
+  const Cut pieces = Cut::at_most(weight.order.offsets.size(), 256);
   const auto pack = FUSEDRES_BEST_ISA(conv_pack_piece<T>)(weight);
   parallel_for_each(plan.panels * pieces.count, [&](int64_t item) {
     const int64_t panel = item / pieces.count;
@@ -63,9 +62,7 @@ void pack_weight(const ConvPlan& plan, const LooseWeight<T>& weight, T* packed) 
   });
 }
 
-#define FUSEDRES_CONV_PACK(T)     \
-  template struct LooseWeight<T>; \
-  template void pack_weight<T>(const ConvPlan&, const LooseWeight<T>&, T*);
+#define FUSEDRES_CONV_PACK(T) template void pack_weight<T>(const ConvPlan&, const LooseWeight<T>&, T*);
 FUSEDRES_CONV_PACK(float)
 FUSEDRES_CONV_PACK(double)
 

@@ -10,6 +10,8 @@ namespace fusedres::cpu {
 // the gather may be a run of the filter's, from column s on, each of `channels`.
 struct WeightStrides {
   int64_t K, R, S, C, channels;
+
+  bool operator==(const WeightStrides&) const = default;
 };
 
 template <typename T>
@@ -18,24 +20,24 @@ struct WeightView {
   WeightStrides strides;
 };
 
-// The weights of one output channel, as rows that a panel has or is made from, and where they are in memory.
-struct PanelRows {
-  PanelRows(const ConvPlan& plan, const WeightStrides& strides);
+// How a plan reads a weight of such strides: the weights of one output channel as rows that a panel has or is made
+// from.
+struct WeightOrder {
+  WeightOrder(const ConvPlan& plan, const WeightStrides& strides);
 
-  std::vector<int64_t> offsets;  // (taps, depth) for the direct sum, (depth, taps) for Winograd's
-  std::vector<int64_t> rows;     // the row at each offset, where one channel's weights lie side by side; else empty
+  int64_t step;  // between output channels
+  std::vector<int64_t>
+      offsets;                // of the rows in memory: (taps, depth) for the direct sum, (depth, taps) for Winograd's
+  std::vector<int64_t> rows;  // the row at each offset, where one channel's weights lie side by side; else empty
+  bool is_in_order;           // a run of places in memory is the same run of rows
+  bool is_tap_after_tap;      // every tap's channels lie side by side
 };
 
-// A weight as it lies in memory, and how a plan reads it.
+// A weight as it lies in memory.
 template <typename T>
 struct LooseWeight {
-  LooseWeight(const ConvPlan& plan, const WeightView<T>& weight);
-
   const T* w;
-  int64_t step;  // between output channels
-  PanelRows rows;
-  bool is_in_order;       // a run of places in memory is the same run of rows
-  bool is_tap_after_tap;  // every tap's channels lie side by side
+  const WeightOrder& order;
 };
 
 // Fills `packed` (plan.packed_elements()); lanes past the last output channel are zero.

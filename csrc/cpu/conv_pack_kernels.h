@@ -22,9 +22,9 @@ void conv_pack_turned(const ConvPlan& plan, const LooseWeight<T>& weight, int64_
                       T* to) {
   constexpr int64_t kWidth = kMicroVectors * kLanes<T>;
   const Range range = panel_channels(plan, index);
-  const int64_t step = weight.step, channels = range.size();
+  const int64_t step = weight.order.step, channels = range.size();
   const T* const w = weight.w + range.begin * step;
-  const auto row_at = [&](int64_t at) { return to + (weight.rows.rows[at] - first_row) * kWidth; };
+  const auto row_at = [&](int64_t at) { return to + (weight.order.rows[at] - first_row) * kWidth; };
   for (int64_t first = 0; first < kWidth; first += kLanes<T>) {
     int64_t at = piece.begin;
     if (first + kLanes<T> <= channels) {
@@ -51,7 +51,7 @@ void conv_pack_copied(const ConvPlan& plan, const LooseWeight<T>& weight, int64_
   constexpr int64_t kWidth = kMicroVectors * kLanes<T>;
   const Range channels = panel_channels(plan, index);
   for (int64_t row = piece.begin; row < piece.end; ++row) {
-    T* const end = std::copy_n(weight.w + weight.rows.offsets[row] + channels.begin, channels.size(),
+    T* const end = std::copy_n(weight.w + weight.order.offsets[row] + channels.begin, channels.size(),
                                to + (row - first_row) * kWidth);
     std::fill_n(end, kWidth - channels.size(), T{0});
   }
@@ -63,16 +63,16 @@ void conv_pack_gathered(const ConvPlan& plan, const LooseWeight<T>& weight, int6
   constexpr int64_t kWidth = kMicroVectors * kLanes<T>;
   const Range channels = panel_channels(plan, index);
   for (int64_t row = piece.begin; row < piece.end; ++row) {
-    const T* const w = weight.w + weight.rows.offsets[row] + channels.begin * weight.step;
+    const T* const w = weight.w + weight.order.offsets[row] + channels.begin * weight.order.step;
     for (int64_t k = 0; k < kWidth; ++k)
-      to[(row - first_row) * kWidth + k] = k < channels.size() ? w[k * weight.step] : T{0};
+      to[(row - first_row) * kWidth + k] = k < channels.size() ? w[k * weight.order.step] : T{0};
   }
 }
 
 template <typename T>
 ConvPackPiece<T> conv_pack_piece(const LooseWeight<T>& weight) {
-  if (weight.step == 1) return conv_pack_copied<T>;
-  return weight.rows.rows.empty() ? conv_pack_gathered<T> : conv_pack_turned<T>;
+  if (weight.order.step == 1) return conv_pack_copied<T>;
+  return weight.order.rows.empty() ? conv_pack_gathered<T> : conv_pack_turned<T>;
 }
 
 // Three taps g of one axis as the four factors G g of its inputs.
@@ -91,9 +91,9 @@ template <typename T>
 void winograd_pack_taps(const ConvPlan& plan, const LooseWeight<T>& weight, int64_t index, Range channels, T* to) {
   const int64_t depth = plan.sizes.depth, first_row = 9 * channels.begin;
   const auto pack = conv_pack_piece<T>(weight);
-  const bool is_by_row = pack != conv_pack_turned<T> || weight.is_in_order;
+  const bool is_by_row = pack != conv_pack_turned<T> || weight.order.is_in_order;
   if (is_by_row) return pack(plan, weight, index, {first_row, 9 * channels.end}, first_row, to);
-  if (!weight.is_tap_after_tap) {
+  if (!weight.order.is_tap_after_tap) {
     return conv_pack_gathered(plan, weight, index, {first_row, 9 * channels.end}, first_row, to);
   }
   for (int64_t tap = 0; tap < 9; ++tap) {

@@ -96,8 +96,8 @@ struct ConvAhead {
 // The weights from panel `index` on, before they are packed.
 template <typename T>
 ConvAhead<T> conv_ahead(const LooseWeight<T>& weight, int64_t index) {
-  const T* const panel = weight.w + index * kConvChannels<T> * weight.step;
-  return {panel, panel + kConvChannels<T> * weight.step};
+  const T* const panel = weight.w + index * kConvChannels<T> * weight.order.step;
+  return {panel, panel + kConvChannels<T> * weight.order.step};
 }
 
 // What a register adds up: every addition rounds, and the totals of shorter sums round less.

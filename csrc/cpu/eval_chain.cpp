@@ -107,7 +107,7 @@ std::vector<EvalConv> EvalArguments::convs(int64_t first, int64_t count) const {
 }
 
 template <typename T>
-ReadyChain<T>::ReadyChain(const EvalChain& chain, const Activation& in) : chain_(chain), in_(in) {
+PlannedChain<T>::PlannedChain(const EvalChain& chain, const Activation& in) : chain_(chain), in_(in) {
   std::vector<Conv> convs = convs_of(chain, in);
   convs_out_ = convs[chain.length() - 1].output();
   out_ = chain.pool ? chain.pool->output(convs_out_) : convs_out_;
@@ -116,31 +116,65 @@ ReadyChain<T>::ReadyChain(const EvalChain& chain, const Activation& in) : chain_
   require(!chain.projection || is_same(convs.back().output(), convs_out_), "the projection gives ",
           describe(convs.back().output()), ", expected ", describe(convs_out_));
   is_by_image_ = suits_image_by_image(convs, chain.length(), in);
+  bool is_final = true;
   for (int64_t i = 0; i < static_cast<int64_t>(convs.size()); ++i) {
     const EvalConv& conv = chain.convs[i];
-    const std::vector<T>& affine = affines_.emplace_back(affine_of<T>(conv));
-    const T* const shift = affine.data() + affine.size() - convs[i].K;
-    const T* const scale = shift == affine.data() ? nullptr : affine.data();
-    if (is_by_image_) convs[i].N = 1;
-    ConvPlan plan = is_by_image_ ? fprop_plan<T>(convs[i], 1, Weights::kPacked) : shared_plan<T>(convs[i], conv.packed);
-    convs_.emplace_back(convs[i], std::move(plan), conv.w, conv.packed, scale, shift);
+    const WeightStrides strides = fprop_strides(conv.w);
+    const bool is_packed = conv.packed.has_value();
+    if (is_by_image_) {
+      convs[i].N = 1;
+      convs_.emplace_back(convs[i], fprop_plan<T>(convs[i], 1, Weights::kPacked), strides, is_packed);
+    } else {
+      convs_.push_back(planned<T>(convs[i], strides, is_packed));
+    }
+    is_final = is_final && is_packed;
   }
+  if (is_final) final_ = read();
 }
 
 template <typename T>
-void ReadyChain<T>::run(const T* x, const T* residual, T* y, EvalBuffers<T>& buffers) const {
+bool PlannedChain<T>::fits() const {
+  const ScalarType dtype = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
+  for (size_t i = 0; i < convs_.size(); ++i) {
+    const Tensor& w = chain_.convs[i].w;
+    const Conv& conv = convs_[i].conv;
+    const bool is_same = is_readable(w) && w.dim() == 4 && w.scalar_type() == dtype && w.size(0) == conv.K &&
+                         w.size(1) == conv.C && w.size(2) == conv.axes.h.kernel && w.size(3) == conv.axes.w.kernel;
+    if (!is_same || fprop_strides(w) != convs_[i].strides) return false;
+  }
+  return true;
+}
+
+template <typename T>
+typename PlannedChain<T>::Values PlannedChain<T>::read() const {
+  Values values;
+  for (size_t i = 0; i < convs_.size(); ++i) {
+    const EvalConv& conv = chain_.convs[i];
+    const std::vector<T>& affine = values.affines.emplace_back(affine_of<T>(conv));
+    const T* const shift = affine.data() + affine.size() - convs_[i].conv.K;
+    const T* const scale = shift == affine.data() ? nullptr : affine.data();
+    values.convs.push_back(values_of(convs_[i], conv.w, conv.packed, scale, shift));
+  }
+  return values;
+}
+
+template <typename T>
+void PlannedChain<T>::run(const T* x, const T* residual, T* y, EvalBuffers<T>& buffers) const {
+  std::optional<Values> now;
+  if (!final_) now = read();
+  const Values& values = final_ ? *final_ : *now;
   Buffer<T> unpooled;
   T* const to = chain_.pool ? unpooled.of({convs_out_.numel()}) : y;
   if (is_by_image_) {
-    image_by_image(x, residual, to, buffers);
+    image_by_image(values, x, residual, to, buffers);
   } else {
-    conv_by_conv(x, residual, to, buffers);
+    conv_by_conv(values, x, residual, to, buffers);
   }
   if (chain_.pool) maxpool(to, convs_out_, *chain_.pool, y);
 }
 
 template <typename T>
-int64_t ReadyChain<T>::most_between() const {
+int64_t PlannedChain<T>::most_between() const {
   int64_t most = 0;
   for (int64_t i = 0; i + 1 < chain_.length(); ++i) most = std::max(most, convs_[i].conv.output().numel());
   return most;
@@ -148,40 +182,45 @@ int64_t ReadyChain<T>::most_between() const {
 
 // One conv after the other, each on all threads.
 template <typename T>
-void ReadyChain<T>::conv_by_conv(const T* x, const T* residual, T* y, EvalBuffers<T>& buffers) const {
+void PlannedChain<T>::conv_by_conv(const Values& values, const T* x, const T* residual, T* y,
+                                   EvalBuffers<T>& buffers) const {
+  const auto run_conv = [&](int64_t i, const T* from, const T* shortcut, bool relu, T* to) {
+    fusedres::cpu::run(convs_[i], values.convs[i], from, shortcut, relu, to, buffers.conv);
+  };
   const int64_t last = chain_.length() - 1, most = most_between();
   const T* shortcut = chain_.identity ? x : residual;
   if (chain_.projection) {
-    fusedres::cpu::run<T>(convs_.back(), x, nullptr, false, y, buffers.conv);
+    run_conv(last + 1, x, nullptr, false, y);
     shortcut = y;  // read where the last conv then writes
   }
   const T* from = x;
   for (int64_t i = 0; i < last; ++i) {
     T* const to = buffers.between[i % 2].of({most});
-    fusedres::cpu::run<T>(convs_[i], from, nullptr, true, to, buffers.conv);
+    run_conv(i, from, nullptr, true, to);
     from = to;
   }
-  fusedres::cpu::run<T>(convs_[last], from, shortcut, chain_.relu, y, buffers.conv);
+  run_conv(last, from, shortcut, chain_.relu, y);
 }
 
 // Large maps of a whole batch leave the caches between two convs, those of one image do not: each thread takes an image
 // through the whole chain.
 template <typename T>
-void ReadyChain<T>::image_by_image(const T* x, const T* residual, T* y, EvalBuffers<T>& buffers) const {
+void PlannedChain<T>::image_by_image(const Values& values, const T* x, const T* residual, T* y,
+                                     EvalBuffers<T>& buffers) const {
   const int64_t last = chain_.length() - 1, most = most_between();
   const int64_t in_elements = in_.H * in_.W * in_.C, out_elements = convs_out_.H * convs_out_.W * convs_out_.C;
   std::vector<Buffer<T>> made(convs_.size());
   std::vector<const T*> weights;
-  for (size_t i = 0; i < convs_.size(); ++i) weights.push_back(panels(convs_[i], made[i]));
+  for (size_t i = 0; i < convs_.size(); ++i) weights.push_back(panels(convs_[i], values.convs[i], made[i]));
   const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), in_.N);
   T* const between = buffers.between[0].of({workers, 2, most});
   std::vector<ConvTable<T>>& tables = buffers.conv.tables;
   tables.resize(std::max<size_t>(tables.size(), workers));
   share_tasks(workers, in_.N, [&](int64_t worker, int64_t image) {
     const auto run_conv = [&](int64_t i, const T* from, const T* shortcut, bool relu, T* to) {
-      ConvOperands<T> operands{from, weights[i], to, convs_[i].weight};
-      operands.scale = convs_[i].scale;
-      operands.bias = convs_[i].shift;
+      ConvOperands<T> operands{from, weights[i], to, {values.convs[i].w, convs_[i].strides}};
+      operands.scale = values.convs[i].scale;
+      operands.bias = values.convs[i].shift;
       operands.residual = shortcut;
       operands.relu = relu;
       run_alone(convs_[i].plan, operands, tables[worker]);
@@ -203,8 +242,8 @@ void ReadyChain<T>::image_by_image(const T* x, const T* residual, T* y, EvalBuff
   });
 }
 
-template class ReadyChain<float>;
-template class ReadyChain<double>;
+template class PlannedChain<float>;
+template class PlannedChain<double>;
 
 Tensor eval_chain(const Tensor& x, const MaybeTensor& residual, const std::vector<Tensor>& weights,
                   const std::vector<Tensor>& packed, const std::vector<Tensor>& vectors, const Tensor& eps,
@@ -222,11 +261,11 @@ Tensor eval_chain(const Tensor& x, const MaybeTensor& residual, const std::vecto
   MaybeTensor y;
   for_conv_dtype(x.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    const ReadyChain<T> ready(chain, in);
-    if (residual) check_channels_last(*residual, "residual", x.scalar_type(), ready.convs_out());
-    y = new_activation(ready.out(), x.scalar_type());
+    const PlannedChain<T> planned(chain, in);
+    if (residual) check_channels_last(*residual, "residual", x.scalar_type(), planned.convs_out());
+    y = new_activation(planned.out(), x.scalar_type());
     EvalBuffers<T> buffers;
-    ready.run(const_data<T>(x), const_data<T>(residual), mutable_data<T>(*y), buffers);
+    planned.run(const_data<T>(x), const_data<T>(residual), mutable_data<T>(*y), buffers);
   });
   return *y;
 }

@@ -43,30 +43,42 @@ struct EvalBuffers {
   Buffer<T> between[2];  // outputs of convs that others read
 };
 
+// A chain planned for inputs of one size.
 template <typename T>
-class ReadyChain {
+class PlannedChain {
  public:
-  // `chain` must live as long, and in its place. Its vectors are read now, its weights at every run.
-  ReadyChain(const EvalChain& chain, const Activation& in);
+  // `chain` must live as long, and in its place. Packed weights and the vectors beside them are taken as final; what is
+  // not packed is read at every run.
+  PlannedChain(const EvalChain& chain, const Activation& in);
 
   // What the convs give, as a residual must be, and what comes out behind the pool.
   const Activation& convs_out() const { return convs_out_; }
   const Activation& out() const { return out_; }
 
+  // Whether the weights still are as the plan takes them.
+  bool fits() const;
+
   // All dense channels_last: x of those sizes, a residual or null, y.
   void run(const T* x, const T* residual, T* y, EvalBuffers<T>& buffers) const;
 
  private:
-  void conv_by_conv(const T* x, const T* residual, T* y, EvalBuffers<T>& buffers) const;
-  void image_by_image(const T* x, const T* residual, T* y, EvalBuffers<T>& buffers) const;
+  struct Values {
+    std::vector<std::vector<T>> affines;  // scale and shift of each conv: (2, K), or (1, K) without a scale
+    std::vector<ConvValues<T>> convs;
+  };
+
+  // What the tensors hold now.
+  Values read() const;
+  void conv_by_conv(const Values& values, const T* x, const T* residual, T* y, EvalBuffers<T>& buffers) const;
+  void image_by_image(const Values& values, const T* x, const T* residual, T* y, EvalBuffers<T>& buffers) const;
   // The largest output between two convs.
   int64_t most_between() const;
 
   const EvalChain& chain_;
   Activation in_, convs_out_, out_;
   bool is_by_image_;
-  std::vector<std::vector<T>> affines_;  // scale and shift of each conv: (2, K), or (1, K) without a scale
-  std::vector<PlannedConv<T>> convs_;
+  std::vector<PlannedConv> convs_;
+  std::optional<Values> final_;
 };
 
 }  // namespace fusedres::cpu

@@ -14,16 +14,11 @@ class Program {
   virtual Tensor run(const Tensor& x) const = 0;
 };
 
-// Of chains whose weights are packed the program keeps everything that follows from the size of the input and the
-// number of threads; of others nothing, so that it follows every change of their tensors.
 template <typename T>
 class ProgramOf : public Program {
  public:
-  ProgramOf(std::vector<EvalChain> chains, const Activation& in, bool keeps)
-      : chains_(std::move(chains)), in_(in), threads_(torch::stable::get_num_threads()) {
-    std::vector<ReadyChain<T>> ready = made_ready();
-    if (keeps) ready_ = std::move(ready);
-  }
+  ProgramOf(std::vector<EvalChain> chains, const Activation& in)
+      : chains_(std::move(chains)), in_(in), threads_(torch::stable::get_num_threads()), planned_(plans()) {}
 
   Tensor run(const Tensor& x) const override {
     const Activation a = check_activation(x, "x");
@@ -31,29 +26,32 @@ class ProgramOf : public Program {
                 a.W == in_.W,
             "x is ", describe(x), ", the program is for (", in_.N, ", ", in_.C, ", ", in_.H, ", ", in_.W, ") in the ",
             "dtype of its weights");
-    const bool is_ready = !ready_.empty() && threads_ == torch::stable::get_num_threads();
-    return is_ready ? run(x, ready_) : run(x, made_ready());
+    const bool fits = threads_ == torch::stable::get_num_threads() &&
+                      std::all_of(planned_.begin(), planned_.end(), [](const auto& chain) { return chain.fits(); });
+    return fits ? run(x, planned_) : run(x, plans());
   }
 
  private:
-  std::vector<ReadyChain<T>> made_ready() const {
-    std::vector<ReadyChain<T>> ready;
-    ready.reserve(chains_.size());
+  using Plans = std::vector<PlannedChain<T>>;
+
+  Plans plans() const {
+    Plans planned;
+    planned.reserve(chains_.size());
     Activation at = in_;
-    for (const EvalChain& chain : chains_) at = ready.emplace_back(chain, at).out();
-    return ready;
+    for (const EvalChain& chain : chains_) at = planned.emplace_back(chain, at).out();
+    return planned;
   }
 
-  static Tensor run(const Tensor& x, const std::vector<ReadyChain<T>>& ready) {
-    const Tensor y = new_activation(ready.back().out(), x.scalar_type());
+  static Tensor run(const Tensor& x, const Plans& planned) {
+    const Tensor y = new_activation(planned.back().out(), x.scalar_type());
     EvalBuffers<T> buffers;
     Buffer<T> between[2];
     int64_t most = 0;
-    for (const ReadyChain<T>& chain : ready) most = std::max(most, chain.out().numel());
+    for (const PlannedChain<T>& chain : planned) most = std::max(most, chain.out().numel());
     const T* from = const_data<T>(x);
-    for (size_t i = 0; i < ready.size(); ++i) {
-      T* const to = i + 1 < ready.size() ? between[i % 2].of({most}) : mutable_data<T>(y);
-      ready[i].run(from, nullptr, to, buffers);
+    for (size_t i = 0; i < planned.size(); ++i) {
+      T* const to = i + 1 < planned.size() ? between[i % 2].of({most}) : mutable_data<T>(y);
+      planned[i].run(from, nullptr, to, buffers);
       from = to;
     }
     return y;
@@ -62,7 +60,7 @@ class ProgramOf : public Program {
   const std::vector<EvalChain> chains_;
   const Activation in_;
   const int64_t threads_;
-  std::vector<ReadyChain<T>> ready_;
+  const Plans planned_;
 };
 
 // What the tensor that stands for a program holds. It knows its place, for a copy would not keep the program alive.
@@ -116,7 +114,7 @@ Tensor eval_program(const std::vector<Tensor>& weights, const std::vector<Tensor
   const Activation in{input_size[0], input_size[1], input_size[2], input_size[3]};
   Tensor handle = eps;
   for_conv_dtype(weights[0].scalar_type(), [&](auto element) {
-    handle = handle_of(std::make_unique<ProgramOf<decltype(element)>>(std::move(chains), in, !packed.empty()));
+    handle = handle_of(std::make_unique<ProgramOf<decltype(element)>>(std::move(chains), in));
   });
   return handle;
 }
