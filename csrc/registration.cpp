@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/conv.h"
+#include "cpu/eval_chain.h"
 #include "cpu/ops.h"
 #include "cpu/wgrad.h"
 #ifdef USE_CUDA

@@ -232,6 +232,26 @@ def test_a_chain_is_its_convs_and_batch_norms_one_by_one(n, shortcut, width, is_
     torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("pool", [(3, 2, 1), (2, 2, 0), (2, 1, 1), (16, 3, 8)], ids=str)
+@pytest.mark.parametrize("channels", [5, 8, 37])
+def test_the_pool_of_a_chain_is_eager_s(channels, pool, dtype):
+    """Behind a conv that adds a bias: negative maps, infinite ones, NaN."""
+    torch.manual_seed(0)
+    x = (torch.randn(2, channels, 17, 14, dtype=dtype) - 3).contiguous(memory_format=CL)
+    x[1, 0, 4, 4] = torch.nan
+    w, bias, none = (
+        torch.eye(channels, dtype=dtype)[:, :, None, None],
+        torch.zeros(channels, dtype=dtype),
+        x[0, :0, 0, 0],
+    )
+    bias[1:4] = torch.tensor([torch.inf, -torch.inf, torch.nan])
+    vectors, eps, form = [bias, none, none, none, none], torch.zeros(1, dtype=torch.float64), (False, False, False)
+    y = kernels.eval_chain(x, None, [w], [], vectors, eps, [1, 1, 0, 0, 1, 1], *form, pool)
+    expected = F.max_pool2d(F.conv2d(x, w, bias), *pool)
+    torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_a_chain_refuses_half_dtypes_however_large_its_maps():
     x = torch.zeros(2, 16, 26, 25, dtype=torch.bfloat16).contiguous(memory_format=CL)
     w, bias = torch.zeros(16, 16, 1, 1, dtype=torch.bfloat16), torch.zeros(16, dtype=torch.bfloat16)

@@ -67,6 +67,8 @@ std::string describe(const Tensor& tensor) {
          tuple(tensor.strides());
 }
 
+std::string describe(const Activation& a) { return tuple(std::vector<int64_t>{a.N, a.C, a.H, a.W}); }
+
 int64_t bytes_of(const std::vector<int64_t>& sizes, int64_t element_size) {
   int64_t bytes = element_size;  // as if there were no axis of size 0: strides are products of the others
   bool fits = true;

@@ -45,9 +45,13 @@ ScalarType acc_dtype(ScalarType dtype);
 struct Activation {
   int64_t N, C, H, W;
 
+  bool operator==(const Activation&) const = default;
   int64_t rows() const { return N * H * W; }
   int64_t numel() const { return rows() * C; }
 };
+
+// "(8, 64, 56, 56)"
+std::string describe(const Activation& sizes);
 
 // A 4-D float64 | float32 | bfloat16 | float16 CPU tensor, dense channels_last. The stride of an axis of size 1 (or of
 // a tensor without elements) has no meaning and may be anything.

@@ -59,7 +59,7 @@ void run(const PlannedConv& planned, const ConvValues<T>& values, const T* x, co
   ConvOperands<T> operands{input, nullptr, y, {values.w, planned.strides}};
   std::optional<LooseWeight<T>> loose;
   if (planned.plan.packs_panels) {
-    operands.loose = &loose.emplace(values.w, *planned.order);
+    operands.loose = &loose.emplace(LooseWeight<T>{values.w, *planned.order});
   } else {
     operands.packed = panels(planned, values, buffers.panels);
   }

@@ -20,17 +20,6 @@ Tensor conv_dgrad(const Tensor& dz, const Tensor& w, const std::vector<int64_t>&
                   const std::vector<int64_t>& dilation, const MaybeTensor& residual,
                   const std::vector<int64_t>& residual_stride);
 
-Tensor eval_chain(const Tensor& x, const MaybeTensor& residual, const std::vector<Tensor>& weights,
-                  const std::vector<Tensor>& packed, const std::vector<Tensor>& vectors, const Tensor& eps,
-                  const std::vector<int64_t>& geometry, bool identity, bool projection, bool relu,
-                  const std::vector<int64_t>& pool);
-
-Tensor eval_program(const std::vector<Tensor>& weights, const std::vector<Tensor>& packed,
-                    const std::vector<Tensor>& vectors, const Tensor& eps, const std::vector<int64_t>& geometry,
-                    const std::vector<int64_t>& forms, const std::vector<int64_t>& input_size);
-
-Tensor eval_network(const Tensor& x, const Tensor& program);
-
 Tensor head_fprop(const Tensor& x, const Tensor& w, const MaybeTensor& bias);
 
 // Of a weight (K, C, R, S) that a conv of the input reads.

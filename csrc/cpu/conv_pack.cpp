@@ -7,7 +7,6 @@
 #include "cpu/foreach_isa.h"
 
 namespace fusedres::cpu {
-
 namespace {
 
 // The row at each offset; nothing where these are not all of [0, rows), as in a weight with gaps or an expanded one.

@@ -27,14 +27,6 @@ std::vector<Conv> convs_of(const EvalChain& chain, const Activation& in) {
   return convs;
 }
 
-bool is_same(const Activation& a, const Activation& b) { return a.N == b.N && a.C == b.C && a.H == b.H && a.W == b.W; }
-
-std::string describe(const Activation& a) {
-  std::ostringstream sizes;
-  sizes << "(" << a.N << ", " << a.C << ", " << a.H << ", " << a.W << ")";
-  return sizes.str();
-}
-
 // Few pixels leave a panel of weights no time to arrive, few images leave threads without work. Convs that merge
 // columns read padding that must be written out.
 bool suits_image_by_image(const std::vector<Conv>& convs, int64_t length, const Activation& in) {
@@ -111,9 +103,9 @@ PlannedChain<T>::PlannedChain(const EvalChain& chain, const Activation& in) : ch
   std::vector<Conv> convs = convs_of(chain, in);
   convs_out_ = convs[chain.length() - 1].output();
   out_ = chain.pool ? chain.pool->output(convs_out_) : convs_out_;
-  require(!chain.identity || is_same(in, convs_out_), "the input ", describe(in), " is no shortcut for ",
+  require(!chain.identity || in == convs_out_, "the input ", describe(in), " is no shortcut for ",
           describe(convs_out_));
-  require(!chain.projection || is_same(convs.back().output(), convs_out_), "the projection gives ",
+  require(!chain.projection || convs.back().output() == convs_out_, "the projection gives ",
           describe(convs.back().output()), ", expected ", describe(convs_out_));
   is_by_image_ = suits_image_by_image(convs, chain.length(), in);
   bool is_final = true;

@@ -6,6 +6,17 @@
 
 namespace fusedres::cpu {
 
+Tensor eval_chain(const Tensor& x, const MaybeTensor& residual, const std::vector<Tensor>& weights,
+                  const std::vector<Tensor>& packed, const std::vector<Tensor>& vectors, const Tensor& eps,
+                  const std::vector<int64_t>& geometry, bool identity, bool projection, bool relu,
+                  const std::vector<int64_t>& pool);
+
+Tensor eval_program(const std::vector<Tensor>& weights, const std::vector<Tensor>& packed,
+                    const std::vector<Tensor>& vectors, const Tensor& eps, const std::vector<int64_t>& geometry,
+                    const std::vector<int64_t>& forms, const std::vector<int64_t>& input_size);
+
+Tensor eval_network(const Tensor& x, const Tensor& program);
+
 // A conv and its BN. A vector that is absent has no elements.
 struct EvalConv {
   Tensor w;

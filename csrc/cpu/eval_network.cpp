@@ -21,11 +21,8 @@ class ProgramOf : public Program {
       : chains_(std::move(chains)), in_(in), threads_(torch::stable::get_num_threads()), planned_(plans()) {}
 
   Tensor run(const Tensor& x) const override {
-    const Activation a = check_activation(x, "x");
-    require(x.scalar_type() == chains_[0].convs[0].w.scalar_type() && a.N == in_.N && a.C == in_.C && a.H == in_.H &&
-                a.W == in_.W,
-            "x is ", describe(x), ", the program is for (", in_.N, ", ", in_.C, ", ", in_.H, ", ", in_.W, ") in the ",
-            "dtype of its weights");
+    require(check_activation(x, "x") == in_ && x.scalar_type() == chains_[0].convs[0].w.scalar_type(), "x is ",
+            describe(x), ", the program is for ", describe(in_), " in the dtype of its weights");
     const bool fits = threads_ == torch::stable::get_num_threads() &&
                       std::all_of(planned_.begin(), planned_.end(), [](const auto& chain) { return chain.fits(); });
     return fits ? run(x, planned_) : run(x, plans());
