@@ -267,6 +267,9 @@ def head(x: Tensor, avgpool: nn.Module, fc: nn.Module) -> Tensor | None:
     They run one by one where no engine has a launch for both, where gradients are needed, while a call is recorded or
     compiled, and for whatever is more than these two modules on tensors of one dtype.
     """
+    recalled = recall.head(x, avgpool, fc) if isinstance(fc, nn.Linear) else None
+    if recalled is not None:
+        return recalled
     if type(x) is not Tensor or torch.compiler.is_compiling() or avgpool.training or fc.training:
         return None
     if head_reason(avgpool, fc) is not None or recorder_reason() is not None or not isinstance(fc, nn.Linear):
@@ -280,7 +283,10 @@ def head(x: Tensor, avgpool: nn.Module, fc: nn.Module) -> Tensor | None:
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters)):
         return None
     engine = dispatch.choose_head(w).engine
-    return None if engine is None else engine.head(channels_last(x), w, bias)
+    if engine is None:
+        return None
+    recall.remember_head(x, avgpool, fc, engine)
+    return engine.head(channels_last(x), w, bias)
 
 
 def pool_spec(pool: nn.Module) -> PoolSpec:

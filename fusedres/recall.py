@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedres import autocast, dispatch, folding
-from fusedres.engines import EvalRun, NetworkRun
+from fusedres.engines import Engine, EvalRun, NetworkRun
 from fusedres.engines.nvidia import is_capturing
 from fusedres.guards import Guard, Identity, all_hold, all_unchanged
 from fusedres.inspection import is_followed, is_observed
@@ -68,10 +68,20 @@ class _Network(NamedTuple):
     run: NetworkRun
 
 
-#: The last such call of each chain, by its first conv, and of each network. Copies and pickles of a module do not carry
-#: it along.
+class _Head(NamedTuple):
+    """A head's call that an engine ran in one launch, and how its weight lay."""
+
+    call: _Call
+    guards: tuple[Guard, ...]
+    weight: tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
+    engine: Engine
+
+
+#: The last such call of each chain, by its first conv, of each network, and of each head, by its last layer. Copies and
+#: pickles of a module do not carry it along.
 _chains: WeakKeyDictionary[nn.Module, _Recalled] = WeakKeyDictionary()
 _networks: WeakKeyDictionary[nn.Module, _Network] = WeakKeyDictionary()
+_heads: WeakKeyDictionary[nn.Module, _Head] = WeakKeyDictionary()
 
 #: How often the call of a network was noted. One that changes all the time is not worth it.
 _notes: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
@@ -129,6 +139,32 @@ def remember(
     guards = tuple(map(Guard.of, modules_of(pairs, shortcut, activations)))
     tensors = folding.tensors_of([*pairs, *([shortcut] if isinstance(shortcut, tuple) else [])])
     _chains[conv] = _Recalled(_Call.of(x, shortcut, relu), guards, tensors, entry)
+
+
+def head(x: Tensor, avgpool: nn.Module, fc: nn.Linear) -> Tensor | None:
+    """``fc`` of the means that ``avgpool`` makes, where this call is the last one again; None else."""
+    last = _heads.get(fc)
+    if (
+        last is None
+        or type(x) is not Tensor
+        or not _may_recall(x)
+        or last.call != _Call.of(x, None, False)
+        or not all_hold(last.guards, (avgpool, fc))
+        or last.weight != _lie(fc.weight)
+    ):
+        return None
+    return last.engine.head(channels_last(x), fc.weight, fc.bias)
+
+
+def remember_head(x: Tensor, avgpool: nn.Module, fc: nn.Linear, engine: Engine) -> None:
+    """Make the call that ``engine`` is about to run one to ``head``."""
+    if _may_recall(x):
+        guards = tuple(map(Guard.of, (avgpool, fc)))
+        _heads[fc] = _Head(_Call.of(x, None, False), guards, _lie(fc.weight), engine)
+
+
+def _lie(w: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]:
+    return w.shape, w.stride(), w.dtype, w.device
 
 
 def network(

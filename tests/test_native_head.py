@@ -12,6 +12,7 @@ from oracles import assert_as_exact_as_eager, batch, needs_native
 from torch import Tensor, nn
 
 import fusedres
+from fusedres import dispatch
 from fusedres.measure import count_launches
 
 pytestmark = needs_native
@@ -102,15 +103,45 @@ def test_a_network_calls_it_and_follows_its_parameters(dtype: torch.dtype) -> No
     assert torch.equal(net.forward_head(x), net.fc(net.avgpool(x).flatten(1))), "with gradients the modules run"
 
 
-@pytest.mark.parametrize("change", ["hook", "training", "weights with gaps", "bfloat16"])
-def test_the_modules_run_where_they_are_more_or_other(change: str) -> None:
+def test_the_same_call_again_asks_no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     net, x = network(), batch(2, 512, 3, 2, dtype=torch.float32)
+    asked: list[Tensor] = []
+    choose = dispatch.choose_head
+    monkeypatch.setattr(dispatch, "choose_head", lambda w: asked.append(w) or choose(w))
+    with torch.no_grad():
+        expected = net.forward_head(x)
+        assert len(asked) == 1
+        assert torch.equal(net.forward_head(x), expected)
+        net.fc.weight.mul_(2)
+        net.fc.bias.data = 2 * net.fc.bias.data
+        assert torch.allclose(net.forward_head(x), 2 * expected)
+        assert len(asked) == 1
+        net.forward_head(x[:1])
+        net.fc.bias = nn.Parameter(net.fc.bias + 1)
+        assert torch.allclose(net.forward_head(x), 2 * expected + 1)
+        assert len(asked) == 3
+        with dispatch.engine("reference"):
+            net.forward_head(x)
+        assert len(asked) == 4
+    net.forward_head(x)
+    assert len(asked) == 4, "with gradients the modules run"
+
+
+@pytest.mark.parametrize("change", ["hook", "training", "weights with gaps", ".data with gaps", "bfloat16"])
+@pytest.mark.parametrize("is_recalled", [True, False], ids=["recalled", "new"])
+def test_the_modules_run_where_they_are_more_or_other(change: str, is_recalled: bool) -> None:
+    net, x = network(), batch(2, 512, 3, 2, dtype=torch.float32)
+    if is_recalled:
+        with torch.no_grad():
+            assert launches(net, x) == launches(net, x) == {HEAD: 1}
     if change == "hook":
         net.fc.register_forward_hook(lambda module, args, y: 2 * y)
     elif change == "training":
         net.train()
     elif change == "bfloat16":
         net, x = net.bfloat16(), x.bfloat16()
+    elif change == ".data with gaps":
+        net.fc.weight.data = net.fc.weight.data.t().contiguous().t()
     else:
         net.fc.weight = nn.Parameter(net.fc.weight.detach().t().contiguous().t())
     with torch.no_grad():
