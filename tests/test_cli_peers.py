@@ -50,6 +50,13 @@ def test_a_peer_computes_what_eager_computes(name: str, monkeypatch: pytest.Monk
     assert set(made.time(EVAL, x, target, 1, lambda _: None)) == {NCHW, CHANNELS_LAST, FUSED, name}
 
 
+def test_the_frozen_peer_is_the_fused_network() -> None:
+    made = contest_of("resnet18")
+    x, _ = made.inputs(1, 64, None)
+    frozen = named("fused, frozen").build("resnet18", made.models[CHANNELS_LAST].eval(), x)
+    assert type(frozen) is type(made.models[FUSED])
+
+
 def test_a_peer_that_trains_takes_part_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("timm", reason="needs timm")
     only(monkeypatch, named("timm"), named("ONNX Runtime CPU"))

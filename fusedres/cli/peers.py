@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from fusedres import freeze, fuse, measure
-from fusedres.cli import convert
+from fusedres import freeze, measure
+from fusedres.cli import convert, networks
 
 EVAL, TRAIN = "eval", "train"
 FROZEN = "fused, frozen"
@@ -53,7 +53,10 @@ class Peer(NamedTuple):
 
 
 def _frozen(arch: str, model: nn.Module, x: Tensor) -> Run:
-    return freeze(fuse(model))
+    """The network that takes part as fused, not a converted eager one, whose chains run one by one."""
+    fused = networks.build(arch, num_classes=networks.classes_of(model)).eval()
+    fused.load_state_dict(model.state_dict())
+    return freeze(networks.place(fused, x.device, x.dtype))
 
 
 def _compiled(**options: Any) -> Build:
