@@ -56,17 +56,13 @@ template <typename T>
 void run(const PlannedConv& planned, const ConvValues<T>& values, const T* x, const T* residual, bool relu, T* y,
          ConvBuffers<T>& buffers) {
   const T* const input = merges_columns(planned.conv) ? pad_columns(x, planned.conv, buffers.padded) : x;
-  ConvOperands<T> operands{input, nullptr, y, {values.w, planned.strides}};
+  ConvOperands<T> operands = operands_of(planned, values, input, residual, relu, y);
   std::optional<LooseWeight<T>> loose;
   if (planned.plan.packs_panels) {
     operands.loose = &loose.emplace(LooseWeight<T>{values.w, *planned.order});
   } else {
     operands.packed = panels(planned, values, buffers.panels);
   }
-  operands.scale = values.scale;
-  operands.bias = values.shift;
-  operands.residual = residual;
-  operands.relu = relu;
   run(planned.plan, operands, buffers.tables);
 }
 

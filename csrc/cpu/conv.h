@@ -65,6 +65,18 @@ struct ConvBuffers {
 template <typename T>
 const T* panels(const PlannedConv& planned, const ConvValues<T>& values, Buffer<T>& room);
 
+// All but where the panels are.
+template <typename T>
+ConvOperands<T> operands_of(const PlannedConv& planned, const ConvValues<T>& values, const T* x, const T* residual,
+                            bool relu, T* y) {
+  ConvOperands<T> operands{x, nullptr, y, {values.w, planned.strides}};
+  operands.scale = values.scale;
+  operands.bias = values.shift;
+  operands.residual = residual;
+  operands.relu = relu;
+  return operands;
+}
+
 // On all threads. x, residual and y are dense channels_last.
 template <typename T>
 void run(const PlannedConv& planned, const ConvValues<T>& values, const T* x, const T* residual, bool relu, T* y,

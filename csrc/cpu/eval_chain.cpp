@@ -210,11 +210,8 @@ void PlannedChain<T>::image_by_image(const Values& values, const T* x, const T* 
   tables.resize(std::max<size_t>(tables.size(), workers));
   share_tasks(workers, in_.N, [&](int64_t worker, int64_t image) {
     const auto run_conv = [&](int64_t i, const T* from, const T* shortcut, bool relu, T* to) {
-      ConvOperands<T> operands{from, weights[i], to, {values.convs[i].w, convs_[i].strides}};
-      operands.scale = values.convs[i].scale;
-      operands.bias = values.convs[i].shift;
-      operands.residual = shortcut;
-      operands.relu = relu;
+      ConvOperands<T> operands = operands_of(convs_[i], values.convs[i], from, shortcut, relu, to);
+      operands.packed = weights[i];
       run_alone(convs_[i].plan, operands, tables[worker]);
     };
     const T* const image_x = x + image * in_elements;
