@@ -22,6 +22,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 OLDEST_TORCH = (2, 11)  # that the library runs with, whichever it is built by
 TORCH_TARGET_VERSION = "0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH)
+CXX_STANDARD = "-std=c++17"  # the oldest torch's; torch would take its own, and newer ones hide what older ones refuse
 DEFAULT_CUDA_ARCHS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 CXX_FLAGS = ("-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-psabi")
 SANITIZE_FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
@@ -149,8 +150,8 @@ def native_library(with_cuda: bool) -> Extension:
         "depends": sources("csrc/**/*.h"),
         "include_dirs": [str(ROOT.resolve() / "csrc")],  # absolute: ninja runs elsewhere
         "extra_compile_args": {
-            "cxx": [*CXX_FLAGS, *(("-O1", "-g1", *sanitize) if sanitize else ()), *defines],
-            "nvcc": ["-O3", "--compiler-options=-fvisibility=hidden", *defines],
+            "cxx": [CXX_STANDARD, *CXX_FLAGS, *(("-O1", "-g1", *sanitize) if sanitize else ()), *defines],
+            "nvcc": [CXX_STANDARD, "-O3", "--compiler-options=-fvisibility=hidden", *defines],
         },
         "extra_link_args": [*sanitize] if sanitize else ["-Wl,-s"] if sys.platform.startswith("linux") else [],
         "py_limited_api": True,

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from bench.cuda_usage import FAMILIES, MULTIPROCESSORS, TAILS, TOOLKIT, nvcc_release, usages  # noqa: E402
-from setup import TORCH_TARGET_VERSION  # noqa: E402
+from setup import CXX_STANDARD, TORCH_TARGET_VERSION  # noqa: E402
 
 #: Registers a thread may use: 65536 of an SM shared by 256 threads.
 MOST_REGISTERS = 255
@@ -73,7 +73,7 @@ def test_every_launch_fits_and_stands_on_the_page(arch: str, page: str) -> None:
 def test_the_launcher_compiles_against_the_stable_abi(family: str, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     include = Path(torch.__file__).parent / "include"
-    command = [str(TOOLKIT / "bin" / "nvcc"), "-std=c++17", "-O1", "-arch", "sm_90", "-DUSE_CUDA"]
+    command = [str(TOOLKIT / "bin" / "nvcc"), CXX_STANDARD, "-O1", "-arch", "sm_90", "-DUSE_CUDA"]
     command += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", f"-I{ROOT / 'csrc'}", f"-I{include}"]
     command += ["-c", "-o", str(tmp_path / "launcher.o"), str(ROOT / "csrc" / "cuda" / f"{family}.cu")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

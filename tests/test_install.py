@@ -99,6 +99,13 @@ def test_library_targets_the_oldest_supported_torch_from_every_source(build: Mod
     assert {Path(source) for source in library.sources} >= {p.relative_to(ROOT) for p in ROOT.glob("csrc/cpu/*.cpp")}
 
 
+@pytest.mark.parametrize("language", ["cxx", "nvcc"])
+def test_sources_are_compiled_by_the_oldest_torchs_standard(build: ModuleType, language: str) -> None:
+    pytest.importorskip("torch", reason="needs torch")
+    flags = build.native_library(with_cuda=False).extra_compile_args[language]
+    assert [flag for flag in flags if flag.startswith("-std")] == ["-std=c++17"], "torch 2.11 compiles by it"
+
+
 def test_no_native_builds_nothing(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSEDRES_NO_NATIVE", "1")
     assert build.native_options() == {}

@@ -45,7 +45,9 @@ ScalarType acc_dtype(ScalarType dtype);
 struct Activation {
   int64_t N, C, H, W;
 
-  bool operator==(const Activation&) const = default;
+  bool operator==(const Activation& other) const {
+    return N == other.N && C == other.C && H == other.H && W == other.W;
+  }
   int64_t rows() const { return N * H * W; }
   int64_t numel() const { return rows() * C; }
 };

@@ -11,7 +11,10 @@ namespace fusedres::cpu {
 struct WeightStrides {
   int64_t K, R, S, C, channels;
 
-  bool operator==(const WeightStrides&) const = default;
+  bool operator==(const WeightStrides& other) const {
+    return K == other.K && R == other.R && S == other.S && C == other.C && channels == other.channels;
+  }
+  bool operator!=(const WeightStrides& other) const { return !(*this == other); }
 };
 
 template <typename T>
