@@ -8,10 +8,12 @@ from fusedres.blocks import FusedBasicBlock, FusedBottleneck
 from fusedres.chains import Chain
 from fusedres.functional import ConvBN, chain_reason
 from fusedres.fused_class import is_converted, may_call_convs, owner_reason, plan_of
+from fusedres.inspection import pool_reason
 from fusedres.layers import FusedConvBNReLU
 from fusedres.resnet import StagedNet
 
 BuiltIn = FusedBasicBlock | FusedBottleneck | FusedConvBNReLU | StagedNet
+_BUILT_IN = FusedBasicBlock, FusedBottleneck, FusedConvBNReLU, StagedNet
 
 
 def unfused_convs(model: nn.Module) -> dict[str, str]:
@@ -19,7 +21,7 @@ def unfused_convs(model: nn.Module) -> dict[str, str]:
     fused: set[nn.Module] = set()
     reasons: dict[nn.Module, str] = {}
     for module in model.modules():  # callers come before what they call, whose reasons are closer
-        if isinstance(module, (FusedBasicBlock, FusedBottleneck, FusedConvBNReLU, StagedNet)):
+        if isinstance(module, _BUILT_IN):
             chain, reason = built_in_chain(module), built_in_reason(module)
             fused.update(chain.convs if reason is None else ())
             reasons.update(dict.fromkeys(chain.convs if reason is not None else (), str(reason)))
@@ -43,10 +45,17 @@ def unfused_convs(model: nn.Module) -> dict[str, str]:
     }
 
 
+def built_in_convs(model: nn.Module) -> set[nn.Module]:
+    """The convs of ``model`` that modules of ours fuse by themselves."""
+    ours = [module for module in model.modules() if isinstance(module, _BUILT_IN) and built_in_reason(module) is None]
+    return {conv for module in ours for conv in built_in_chain(module).convs}
+
+
 def built_in_chain(module: BuiltIn) -> Chain:
     """What a module of ours fuses by itself; of a network, its stem."""
     if isinstance(module, StagedNet):
-        return Chain((ConvBN(module.conv1, module.bn1),), None, False, False, True, (module.relu,))
+        pool = None if module.maxpool is None or pool_reason(module.maxpool) is not None else module.maxpool
+        return Chain((ConvBN(module.conv1, module.bn1),), None, False, False, True, (module.relu,), pool=pool)
     if isinstance(module, FusedConvBNReLU):
         return Chain(tuple(module.pairs), None, False, False, isinstance(module.relu, nn.ReLU), (module.relu,))
     activations = (module.relu,) * module.depth

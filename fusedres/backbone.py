@@ -125,7 +125,7 @@ class Backbone(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """x (N, C, H, W) -> the last stage's map (N, num_features, P, Q), channels_last."""
-        return recall.network(self, x, self._forward_features, self._chains)
+        return recall.network(self, (self,), x, self._forward_features, self._course)
 
     def _forward_features(self, x: Tensor) -> Tensor:
         x = self._stem(x)
@@ -215,8 +215,8 @@ class Backbone(nn.Module):
     def _stages(self) -> list[nn.Module]:
         return [getattr(self, f"layer{number}") for number in range(1, len(self.feature_info))]
 
-    def _chains(self) -> list[recall.Modules] | None:
-        """The modules of each chain that ``_forward_features`` runs; None where it may run more than chains."""
+    def _course(self) -> recall.Course | None:
+        """The chains that ``_forward_features`` runs; None where it may run more than chains."""
         if any(getattr(type(self), name) is not getattr(Backbone, name) for name in _STEPS):
             return None
         pool = [] if self.maxpool is None else [self.maxpool]
@@ -228,7 +228,7 @@ class Backbone(nn.Module):
                 if plain_reason(block, FusedBasicBlock, FusedBottleneck) is not None:
                     return None
                 chains.append(block.modules_of_chain())  # type: ignore[operator]  # its class was asked
-        return chains
+        return recall.Course(chains, lambda: True)
 
     def _run(self, stage: nn.Module, x: Tensor) -> Tensor:
         if not self.grad_checkpointing:

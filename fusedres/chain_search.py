@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from fusedres.chains import Chain, Site
 from fusedres.functional import ConvBN
-from fusedres.inspection import batch_norm_reason, conv_reason, is_batch_norm, plain_reason
+from fusedres.inspection import batch_norm_reason, conv_reason, is_batch_norm, plain_reason, pool_reason
 from fusedres.nodes import called, is_add, is_in_place, is_pure, is_relu_call, is_relu_module
 from fusedres.norm_act import is_norm_act, norm_act_reason, norm_of
 
@@ -79,6 +79,7 @@ class _Search:
         for run in self._runs(self._with_adds(units)):
             finding.sites.append(self._site(run))
         self._absorb_projections(finding)
+        finding.sites = list(map(self._with_pool, finding.sites))
         return finding
 
     def _unit(self, node: fx.Node, conv: nn.Conv2d) -> _Unit:
@@ -271,6 +272,18 @@ class _Search:
             for site in finding.sites
             if site in kept or site.chain.projection or site.chain.pairs[0] not in absorbed
         ]
+
+    def _with_pool(self, site: Site) -> Site:
+        """The site and, where it is one activated conv and BN, a max-pool that alone reads it."""
+        chain, end = site.chain, site.nodes[-1]
+        user = next(iter(end.users), None)
+        pool = self._modules.get(user) if user is not None and len(end.users) == 1 else None
+        is_stem = len(chain.pairs) == 1 and chain.relu and not chain.adds
+        if user is None or pool is None or not is_stem or pool_reason(pool) or self._call_reason(user):
+            return site
+        if not self._is_still(site.nodes[0], user, []):
+            return site
+        return Site(replace(chain, pool=pool), (*site.nodes, user), site.x)
 
     def _may_absorb(self, site: Site, shortcut: Site) -> bool:
         first = min(site.nodes[0], shortcut.nodes[0], key=self._order.__getitem__)

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fusedres import autocast
-from fusedres.functional import ConvBN, ShortcutShapeError, residual_chain
+from fusedres.functional import ConvBN, ShortcutShapeError, leaving, residual_chain, stem
+from fusedres.recall import Modules, modules_of
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Chain:
     """Modules that run as one: ``pairs``, an added shortcut, a ReLU; ``activations`` are the ReLU modules replaced.
 
     The shortcut is a ``projection``, or the chain's own input where it ``is_identity``, or else a tensor given. An add
-    in place keeps the dtype and shape of the branch.
+    in place keeps the dtype and shape of the branch. A ``pool`` may follow one conv, its BN and ReLU.
     """
 
     pairs: tuple[ConvBN, ...]
@@ -29,14 +30,28 @@ class Chain:
     relu: bool
     activations: tuple[nn.Module | None, ...]
     adds_in_place: bool = False
+    pool: nn.Module | None = None
 
     @property
     def convs(self) -> list[nn.Conv2d]:
         """Every conv in it, the projection's last."""
         return [pair.conv for pair in (*self.pairs, *([self.projection] if self.projection else []))]
 
+    @property
+    def modules(self) -> Modules:
+        """Every module in it, as ``fusedres.recall`` orders them."""
+        return modules_of(self.pairs, self.projection, [m for m in (*self.activations, self.pool) if m is not None])
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it reads nothing but its input."""
+        return not self.adds or self.projection is not None or self.is_identity
+
     def __call__(self, x: Tensor, given: Tensor | None = None) -> Tensor:
         """x: (N, C, H, W); ``given``: the tensor to add, where the shortcut is neither projection nor identity."""
+        if self.pool is not None:
+            (pair,), (relu,) = self.pairs, self.activations
+            return leaving(stem(x, *pair, relu, self.pool), x)
         shortcut = self.projection or (x if self.is_identity else given)
         modules = [module for module in self.activations if module is not None]
         if isinstance(shortcut, Tensor) and shortcut.dtype != autocast.compute_dtype(x):
@@ -70,7 +85,8 @@ class Chain:
     def __str__(self) -> str:
         count = f"{len(self.pairs)} x " if len(self.pairs) > 1 else ""
         shortcut = "projection" if self.projection else "input" if self.is_identity else "tensor"
-        return f"{count}conv-BN{f' + {shortcut}' if self.adds else ''}{', ReLU' if self.relu else ''}"
+        added, relu, pool = f" + {shortcut}" if self.adds else "", ", ReLU" if self.relu else "", ", max-pool"
+        return f"{count}conv-BN{added}{relu}{pool if self.pool is not None else ''}"
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,17 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from fusedres.account import unfused_convs
-from fusedres.fused_class import Plan, fused_class, is_converted, may_call_convs, original_class, owner_reason, plan_of
+from fusedres.account import built_in_convs, unfused_convs
+from fusedres.fused_class import (
+    Plan,
+    fused_class,
+    is_converted,
+    is_derived,
+    may_call_convs,
+    original_class,
+    owner_reason,
+    plan_of,
+)
 from fusedres.inspection import checked_module
 
 
@@ -27,7 +36,7 @@ def fuse(model: nn.Module, *, inplace: bool = False, strict: bool = False) -> nn
     with ``strict``, NotFusedError where a convolution stays unfused.
     """
     model = checked_module(model) if inplace else copy.deepcopy(checked_module(model))
-    seen: set[nn.Module] = set()
+    seen = built_in_convs(model)
     converted = [module for module in model.modules() if _fuses_more(module, seen)]
     converted += [module for module in model.modules() if module not in converted and _leads_to(module, converted)]
     former = {module: type(module) for module in converted}
@@ -45,7 +54,7 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """What ``fuse`` was given, with the state that ``model`` has now: a copy, or with ``inplace`` the model itself."""
     model = checked_module(model) if inplace else copy.deepcopy(checked_module(model))
     for module in filter(is_converted, model.modules()):
-        if "original" not in vars(type(module)):
+        if is_derived(module):
             raise RuntimeError(f"{type(module).__name__} was derived from a fused class; undo that first")
         module.__class__ = original_class(module)
     return model

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 from torch import nn
@@ -15,7 +14,7 @@ from fusedres.chains import Chain
 from fusedres.engines import EvalChain, FoldedConv
 from fusedres.functional import ConvBN, pool_spec, unit_spec
 from fusedres.fused_class import is_converted, plan_of
-from fusedres.inspection import checked_module, head_reason, pool_reason
+from fusedres.inspection import checked_module, head_reason
 from fusedres.layers import FusedConvBNReLU
 from fusedres.resnet import StagedNet
 
@@ -99,10 +98,8 @@ def _block_row(name: str, module: FusedBasicBlock | FusedBottleneck | FusedConvB
 
 def _stem_row(name: str, network: StagedNet) -> Row:
     """Of a network's stem, under the name of its conv. In eval a max-pool that can joins the conv's launch."""
-    chain, pool = built_in_chain(network), network.maxpool
-    joining = None if pool is None or pool_reason(pool) is not None else pool_spec(pool)
-    outline = replace(_outline(chain), pool=joining)
-    return _row(name, f"{type(network).__name__}: stem", chain, outline, [])
+    chain = built_in_chain(network)
+    return _row(name, f"{type(network).__name__}: stem", chain, _outline(chain), [])
 
 
 def _head_row(name: str, network: StagedNet) -> Row:
@@ -164,4 +161,5 @@ def _outline(chain: Chain) -> EvalChain[FoldedConv]:
 
     projection = outline(chain.projection) if chain.projection else None
     is_given = chain.adds and not (chain.is_identity or projection)
-    return EvalChain(tuple(map(outline, chain.pairs)), projection, chain.is_identity, chain.relu, given=is_given)
+    pool = None if chain.pool is None else pool_spec(chain.pool)
+    return EvalChain(tuple(map(outline, chain.pairs)), projection, chain.is_identity, chain.relu, pool, is_given)

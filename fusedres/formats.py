@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from fusedres.chains import Slot
 from fusedres.inspection import hook_reason, is_batch_norm
 from fusedres.layout import channels_last
-from fusedres.nodes import AUGMENTED, is_in_place
+from fusedres.nodes import AUGMENTED, is_flatten, is_in_place
 
 GraphOf = Callable[[nn.Module], fx.Graph | None]
 
@@ -64,21 +64,13 @@ def is_indifferent(module: nn.Module, graph_of: GraphOf) -> bool:
     flat: set[fx.Node] = set()  # what is no map any more has no format
     for node in graph.nodes:
         inputs = node.all_input_nodes
-        if (inputs and flat.issuperset(inputs)) or _is_flatten(node, module):
+        if (inputs and flat.issuperset(inputs)) or is_flatten(node, module):
             flat.add(node)
         elif not _is_indifferent_node(node, module, graph_of):
             return False
         if _writes(node, module) and _origin(node.args[0], module).op == "placeholder":
             return False
     return True
-
-
-def _is_flatten(node: fx.Node, module: nn.Module) -> bool:
-    """Whether ``node`` makes (N, features) of a map."""
-    if node.op == "call_module":
-        flatten = module.get_submodule(str(node.target))
-        return type(flatten) is nn.Flatten and (flatten.start_dim, flatten.end_dim) == (1, -1)
-    return (node.target is torch.flatten or node.target == "flatten") and node.args[1:] == (1,) and not node.kwargs
 
 
 def _is_indifferent_node(node: fx.Node, module: nn.Module, graph_of: GraphOf) -> bool:

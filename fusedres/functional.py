@@ -7,6 +7,7 @@ and the modules themselves, one by one, where fusing could not honour what the u
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -138,7 +139,7 @@ def residual_chain(
             y = chain(spec, x, given, tensors[: len(pairs)], tensors[-1] if projection else None)
     if is_folded and x is x_format:
         recall.remember(x, pairs, shortcut, relu, activations)
-    return _leaving(y, x_format)
+    return leaving(y, x_format)
 
 
 def chain_reason(convs: Sequence[ConvBN], activations: Sequence[nn.Module]) -> str | None:
@@ -170,7 +171,7 @@ def _entering(x: Tensor) -> Tensor:
     return channels_last(x.to(autocast.compute_dtype(x)))
 
 
-def _leaving(y: Tensor, like: Tensor) -> Tensor:
+def leaving(y: Tensor, like: Tensor) -> Tensor:
     """``y`` in the memory format that eager would give it: contiguous where the input was, else channels_last."""
     return y if like.is_contiguous(memory_format=torch.channels_last) else y.contiguous()
 
@@ -234,21 +235,23 @@ def _check_pair(x: Tensor, shape: torch.Size, pair: ConvBN, unit: UnitSpec) -> t
     return out
 
 
-def stem(x: Tensor, conv: nn.Conv2d, bn: nn.Module, relu: nn.Module, maxpool: nn.Module) -> Tensor:
+def stem(x: Tensor, conv: nn.Conv2d, bn: nn.Module, relu: nn.Module | None, maxpool: nn.Module) -> Tensor:
     """``maxpool(relu(bn(conv(x))))``: the stem of a ResNet, in training with BN, ReLU and max-pool in one op.
 
-    x: (N, C, H, W) as in ``conv_bn_relu``. Returns (N, K, P, Q), channels_last whatever that of ``x``, so that the
-    network behind it stays so.
+    x: (N, C, H, W) as in ``conv_bn_relu``. ``relu``: a module, or None for ``F.relu``. Returns (N, K, P, Q),
+    channels_last whatever that of ``x``, so that the network behind it stays so.
     """
-    pair, activations = ConvBN(conv, bn), [relu, maxpool]
+    pair, relus = ConvBN(conv, bn), [] if relu is None else [relu]
+    activations = [*relus, maxpool]
+    unpooled = functools.partial(conv_bn_relu, conv=conv, bn=bn, relu=True if relu is None else relu)
     if is_transformed() or not is_fusable_input(x, [pair]):
-        return maxpool(conv_bn_relu(x, conv, bn, relu))
+        return maxpool(unpooled(x))
     x = channels_last(x)
     recalled = recall.recall(x, [pair], None, True, activations)
     if recalled is not None:
         return recalled
-    if pool_reason(maxpool) is not None or chain_reason([pair], [relu]) is not None:
-        return maxpool(conv_bn_relu(x, conv, bn, relu))
+    if pool_reason(maxpool) is not None or chain_reason([pair], relus) is not None:
+        return maxpool(unpooled(x))
     unit, pool, entering = unit_spec(pair), pool_spec(maxpool), _entering(x)
     check_chain(x, [pair], [unit], None)
     with autocast.suspended(x.device.type):

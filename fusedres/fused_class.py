@@ -17,10 +17,11 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fusedres import chain_search, tracing
+from fusedres import chain_search, lines, tracing
 from fusedres.chains import Chain, Slot, rewrite
 from fusedres.formats import is_contiguous_map, is_indifferent, run_in_channels_last
-from fusedres.guards import Structure
+from fusedres.guards import Guard, Structure, all_hold
+from fusedres.lines import Step
 
 #: The graphs kept for one module: training and eval, each with and without some attribute changed.
 _PLANS = 4
@@ -28,12 +29,14 @@ _PLANS = 4
 
 class Plan(NamedTuple):
     """How a module's forward runs: with these chains, or (``run`` is None) as its class says. ``reasons``: for every
-    conv that the module calls outside the chains; ``refusal``: why there is no graph at all."""
+    conv that the module calls outside the chains; ``steps``: those that are all of its forward, if they are;
+    ``refusal``: why there is no graph at all."""
 
     trace: tracing.Trace
     run: Callable[..., Any] | None
     chains: tuple[Chain, ...]
     reasons: dict[nn.Module, str]
+    steps: tuple[Step, ...] | None = None
 
     @property
     def refusal(self) -> str | None:
@@ -43,8 +46,22 @@ class Plan(NamedTuple):
 #: The plans of each module, the last used first. Copies and pickles of a module do not carry them along.
 _plans: WeakKeyDictionary[nn.Module, list[Plan]] = WeakKeyDictionary()
 
-#: Whether a module cares for memory formats, and what all its parts were when that was found out.
-_indifferent: WeakKeyDictionary[nn.Module, tuple[tuple[Structure, ...], bool]] = WeakKeyDictionary()
+
+class _Answer(NamedTuple):
+    """Whether a module cares for memory formats, and what it and all ``below`` it were when that was found out."""
+
+    below: tuple[nn.Module, ...]
+    guards: tuple[Guard, ...]
+    structures: tuple[Structure, ...]
+    is_indifferent: bool
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether nothing has changed, and no tensor was replaced."""
+        is_same = all_hold(self.guards, (module, *self.below))
+        return is_same and all(then.collections_hold() for then in self.structures if then.collections)
+
+
+_answers: WeakKeyDictionary[nn.Module, _Answer] = WeakKeyDictionary()
 
 T = TypeVar("T")
 
@@ -99,6 +116,12 @@ def is_converted(module: nn.Module) -> bool:
     return isinstance(type(module), _FusedType)
 
 
+def is_derived(module: nn.Module) -> bool:
+    """Whether the class of ``module`` was derived from a fused one, so that its forward may be another."""
+    kind = type(module)
+    return isinstance(kind, _FusedType) and "original" not in vars(kind)
+
+
 @_cached
 def inputs(kind: type[nn.Module]) -> int:
     """How many arguments without a default the forward of ``kind`` has."""
@@ -123,16 +146,20 @@ def plan_of(module: nn.Module) -> Plan:
 
 def _is_indifferent(module: nn.Module) -> bool:
     """Whether ``module`` as it is now does not care for the memory format of its input."""
-    parts = list(module.modules())
-    structures, answer = _indifferent.get(module, ((), False))
-    if len(structures) != len(parts) or not all(map(Structure.holds, structures, parts)):
-        answer = is_indifferent(module, _graph_of)
-        _indifferent[module] = tuple(map(Structure.of, parts)), answer
+    last = _answers.get(module)
+    if last is not None and last.holds(module):
+        return last.is_indifferent
+    parts = tuple(module.modules())
+    structures = () if last is None else last.structures
+    is_same = len(structures) == len(parts) and all(map(Structure.holds, structures, parts))
+    answer = last.is_indifferent if last is not None and is_same else is_indifferent(module, _graph_of)
+    _answers[module] = _Answer(parts[1:], tuple(map(Guard.of, parts)), tuple(map(Structure.of, parts)), answer)
     return answer
 
 
 def _graph_of(module: nn.Module) -> fx.Graph | None:
-    return plan_of(module).trace.graph if owner_reason(module) is None and inputs(type(module)) else None
+    is_known = owner_reason(module) is None and not is_derived(module) and inputs(type(module))
+    return plan_of(module).trace.graph if is_known else None
 
 
 def _make_plan(module: nn.Module) -> Plan:
@@ -140,21 +167,29 @@ def _make_plan(module: nn.Module) -> Plan:
     trace = tracing.trace(module, kind.forward, inputs(kind))
     if trace.graph is None:
         return Plan(trace, None, (), {})
-    finding = chain_search.find(trace.graph, module)
-    if not finding.sites:
-        return Plan(trace, None, (), finding.reasons)
-    slots = rewrite(trace.graph, finding.sites)
-    return Plan(trace, _compile(trace, slots), tuple(site.chain for site in finding.sites), finding.reasons)
-
-
-def _compile(trace: tracing.Trace, slots: dict[Slot, Chain]) -> Callable[..., Any]:
-    """The graph as a function of the module and its input."""
-    assert trace.graph is not None
     assert trace.result is not None
-    code = trace.graph.python_code("self")
+    finding = chain_search.find(trace.graph, module)
+    slots = rewrite(trace.graph, finding.sites)
+    steps = lines.steps(trace.graph, module, slots) if trace.result.is_leaf() else None
+    if not finding.sites:
+        return Plan(trace, None, (), finding.reasons, steps)
+    run = _compile(*lines.with_lines(trace.graph, module, slots, _steps_of), trace.result)
+    return Plan(trace, run, tuple(site.chain for site in finding.sites), finding.reasons, steps)
+
+
+def _steps_of(module: nn.Module) -> tuple[tuple[Step, ...], tracing.Trace] | None:
+    if not is_converted(module) or is_derived(module):
+        return None
+    plan = plan_of(module)
+    return None if plan.steps is None else (plan.steps, plan.trace)
+
+
+def _compile(graph: fx.Graph, slots: dict[Slot, Any], result: pytree.TreeSpec) -> Callable[..., Any]:
+    """The graph, its slots filled, as a function of the module and its input."""
+    code = graph.python_code("self")
     namespace = {name: slots[value] if isinstance(value, Slot) else value for name, value in code.globals.items()}
     exec(code.src, namespace)
-    run, result = namespace.pop("forward"), trace.result
+    run = namespace.pop("forward")
 
     def run_and_build(*args: Any) -> Any:
         return pytree.tree_unflatten(run(*args), result)

@@ -61,6 +61,14 @@ def is_relu_module(module: nn.Module, node: fx.Node) -> bool:
     return plain_reason(module, nn.ReLU) is None and len(node.args) == 1 and not node.kwargs
 
 
+def is_flatten(node: fx.Node, owner: nn.Module) -> bool:
+    """Whether it makes (N, features) of a map, as a function, a method or a module of ``owner``."""
+    if node.op == "call_module":
+        flatten = owner.get_submodule(str(node.target))
+        return type(flatten) is nn.Flatten and (flatten.start_dim, flatten.end_dim) == (1, -1)
+    return (node.target is torch.flatten or node.target == "flatten") and node.args[1:] == (1,) and not node.kwargs
+
+
 def is_in_place(node: fx.Node) -> bool:
     """Whether the function or method may write into its first argument. Unknown ones may."""
     if node.op == "call_method":

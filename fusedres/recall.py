@@ -56,12 +56,21 @@ class _Recalled(NamedTuple):
     entry: folding.Entry
 
 
+class Course(NamedTuple):
+    """The modules of each chain that a network runs, in order, and whether that is so still, as far as none of its
+    modules tells."""
+
+    chains: list[Modules]
+    holds: Callable[[], bool]
+
+
 class _Network(NamedTuple):
-    """A network's call that was nothing but recalled chains: its modules but for itself, and those chains."""
+    """A network's call that was nothing but recalled chains: what is below its parts, and those chains."""
 
     call: _Call
-    modules: Modules
-    guards: tuple[Guard, ...]  # its own first
+    course: Course
+    below: Modules
+    guards: tuple[Guard, ...]  # of its parts first
     identities: tuple[Identity, ...]  # of the tensors that the run follows by these alone
     tensors: tuple[Tensor, ...]
     others: tuple[tuple[nn.Module, _Recalled], ...]  # every other chain, and its first conv
@@ -80,11 +89,11 @@ class _Head(NamedTuple):
 #: The last such call of each chain, by its first conv, of each network, and of each head, by its last layer. Copies and
 #: pickles of a module do not carry it along.
 _chains: WeakKeyDictionary[nn.Module, _Recalled] = WeakKeyDictionary()
-_networks: WeakKeyDictionary[nn.Module, _Network] = WeakKeyDictionary()
+_networks: WeakKeyDictionary[object, _Network] = WeakKeyDictionary()
 _heads: WeakKeyDictionary[nn.Module, _Head] = WeakKeyDictionary()
 
 #: How often the call of a network was noted. One that changes all the time is not worth it.
-_notes: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+_notes: WeakKeyDictionary[object, int] = WeakKeyDictionary()
 _MOST_NOTES = 8
 
 
@@ -168,46 +177,56 @@ def _lie(w: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype, torch.dev
 
 
 def network(
-    net: nn.Module, x: Tensor, forward: Callable[[Tensor], Tensor], chains: Callable[[], Sequence[Modules] | None]
+    net: object,
+    parts: Modules,
+    x: Tensor,
+    forward: Callable[[Tensor], Tensor],
+    course: Callable[[], Course | None],
 ) -> Tensor:
     """``forward(x)``, where nothing has changed since it was nothing but recalled chains these alone, one by one.
 
-    x: (N, C, H, W). ``forward`` must depend on ``net``, its attributes and modules alone. ``chains``: the modules of
-    each chain that it runs, if it runs nothing else.
+    x: (N, C, H, W). ``net`` stands for the network, and what is kept for it goes with it. ``forward`` must depend on
+    ``parts`` and all modules below them alone, and on what its course holds by. ``course``: that, if ``forward`` runs
+    nothing but chains.
     """
     if type(x) is not Tensor or not _may_recall(x) or is_capturing(x.device):
         return forward(x)
-    again = _again(net, x)
-    if again is not None:
-        return again
-    outer, _running.recalled = _running.recalled, []
+    outer = _running.recalled
+    last = _networks.get(net)
+    if last is not None and _is_same(last, parts, x):
+        if outer is not None:
+            outer += last.course.chains
+        with autocast.suspended(x.device.type):
+            return last.run(channels_last(x))
+    recalled = _running.recalled = []
     try:
         y = forward(x)
-        recalled = _running.recalled
     finally:
         _running.recalled = outer
-    if recalled and _notes.get(net, 0) < _MOST_NOTES and recalled == chains():
-        _note(net, x, recalled)
+    if outer is not None:
+        outer += recalled
+    if recalled and _notes.get(net, 0) < _MOST_NOTES:
+        then = course()
+        if then is not None and then.chains == recalled:
+            _note(net, parts, x, then)
     return y
 
 
-def _again(net: nn.Module, x: Tensor) -> Tensor | None:
-    last = _networks.get(net)
-    if (
-        last is None
-        or last.call != _Call.of(x, None, True)
-        or not all_hold(last.guards, (net, *last.modules))
-        or not all_unchanged(last.identities, last.tensors)
-        or not all(chain.entry.follows(conv, chain.tensors) for conv, chain in last.others)
-    ):
-        return None
-    with autocast.suspended(x.device.type):
-        return last.run(channels_last(x))
+def _is_same(last: _Network, parts: Modules, x: Tensor) -> bool:
+    """Whether this call is the last one again."""
+    return (
+        last.call == _Call.of(x, None, True)
+        and all_hold(last.guards, (*parts, *last.below))
+        and last.course.holds()
+        and all_unchanged(last.identities, last.tensors)
+        and all(chain.entry.follows(conv, chain.tensors) for conv, chain in last.others)
+    )
 
 
-def _note(net: nn.Module, x: Tensor, chains: Sequence[Modules]) -> None:
-    modules = tuple(dict.fromkeys(m for m in net.modules() if m is not net))
-    firsts = [of_chain[0] for of_chain in chains]
+def _note(net: object, parts: Modules, x: Tensor, course: Course) -> None:
+    known_parts = set(parts)
+    below = tuple(dict.fromkeys(m for part in parts for m in part.modules() if m not in known_parts))
+    firsts = [of_chain[0] for of_chain in course.chains]
     known = [_chains.get(conv) for conv in firsts]
     if None in known:  # another thread let go of it
         return
@@ -216,8 +235,9 @@ def _note(net: nn.Module, x: Tensor, chains: Sequence[Modules]) -> None:
     others = tuple((conv, link) for conv, link in zip(firsts, links, strict=True) if not link.entry.is_frozen)
     _networks[net] = _Network(
         _Call.of(x, None, True),
-        modules,
-        tuple(map(Guard.of, (net, *modules))),
+        course,
+        below,
+        tuple(map(Guard.of, (*parts, *below))),
         tuple(identity for link in frozen for identity in link.entry.identities),
         tuple(tensor for link in frozen for tensor in link.tensors),
         others,

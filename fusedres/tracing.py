@@ -49,6 +49,11 @@ class Trace(NamedTuple):
                 return False
         return all(map(Constant.holds, self.constants))
 
+    def holds_beside_modules(self) -> bool:
+        """``holds``, where guards of the owner and all modules below it do (fusedres/guards.py)."""
+        structures = self.own, *(then for _, then in self.structures)
+        return all(map(Structure.collections_hold, structures)) and all(map(Constant.holds, self.constants))
+
 
 def trace(owner: nn.Module, forward: Callable[..., Any], inputs: int) -> Trace:
     """``forward(owner, *tensors)`` for that many tensors. Its other parameters have their defaults."""

@@ -229,6 +229,19 @@ class NormAct(nn.Module):
         return self.bn(self.conv(x)) + x
 
 
+@pytest.mark.parametrize("kind", [fusedres.FusedBasicBlock, fusedres.FusedBottleneck])
+def test_blocks_of_our_own_keep_their_projections(kind: Any) -> None:
+    """The shortcut of a block of ours had been converted for itself, and was no part of the block's chain any more."""
+    block = kind(
+        4, 4, 2, nn.Sequential(nn.Conv2d(4, 4 * kind.expansion, 1, 2, bias=False), nn.BatchNorm2d(4 * kind.expansion))
+    )
+    net = made(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), block))
+    fused = fuse(net)
+    assert [row.kind for row in explain(fused)] == ["Sequential: conv-BN", kind.__name__]
+    assert type(fused[2].downsample) is nn.Sequential
+    assert_equal(fused, net)
+
+
 def test_norm_with_its_activation_inside_is_fused() -> None:
     for options, expected in (({}, "conv-BN, ReLU"), ({"apply_act": False}, "conv-BN + input")):
         eager = made(NormAct(**options))
@@ -905,6 +918,17 @@ def test_class_derived_from_a_fused_one_runs_fused_and_is_not_unfused_unseen() -
     assert "fusedres::conv_fprop" in ops_called(lambda: fused(input_()))
     with pytest.raises(RuntimeError, match="Wrapped was derived"):
         unfuse(fused)
+
+
+def test_forward_of_a_class_derived_from_a_fused_one_may_care_for_the_memory_format() -> None:
+    """What is known of the fused class's forward had been taken for known of the derived one's."""
+    eager = made(nn.Sequential(Net(), Net())).eval()
+    fused = fuse(eager)
+    known = type(fused[1])
+    flat = {"forward": lambda self, x: known.forward(self, x.view(x.shape[0], -1).view(x.shape))}
+    fused[1].__class__ = type("Flat", (known,), flat)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(input_().contiguous()), eager(input_()), rtol=0, atol=1e-10)
 
 
 class Registry(nn.Module):

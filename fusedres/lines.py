@@ -1,0 +1,160 @@
+"""What of a converted module's graph is one call: a line of chains, one behind another, and a head.
+
+Lines and heads are put into a copy of the graph: the graph itself shows every module and chain.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fusedres import functional, recall
+from fusedres.blocks import FusedBasicBlock, FusedBottleneck
+from fusedres.chains import Chain, Slot
+from fusedres.inspection import head_reason, hook_reason, plain_reason
+from fusedres.nodes import is_flatten
+from fusedres.tracing import Trace
+
+#: What hands a map on: a chain, or a module that may run chains.
+Step = Chain | nn.Module
+
+#: Of a module that ``fuse`` converted: the steps that are all of its forward, if they are, and the trace of that.
+StepsOf = Callable[[nn.Module], tuple[tuple[Step, ...], Trace] | None]
+
+
+class Line:
+    """Steps that follow one another, each reading nothing but the map that the one before it hands on.
+
+    They run one by one until all chains of it are recalled; then they run at once (fusedres/recall.py).
+    """
+
+    def __init__(self, steps: tuple[Step, ...], steps_of: StepsOf) -> None:
+        self._steps, self._steps_of = steps, steps_of
+        self._parts = tuple(m for step in steps for m in (step.modules if isinstance(step, Chain) else (step,)))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: (N, C, H, W)."""
+        return recall.network(self, self._parts, x, self._run, self._course)
+
+    def _run(self, x: Tensor) -> Tensor:
+        for step in self._steps:
+            x = step(x)
+        return x
+
+    def _course(self) -> recall.Course | None:
+        chains: list[recall.Modules] = []
+        traces: list[Trace] = []
+        if not all(self._follow(step, chains, traces) for step in self._steps):
+            return None
+        return recall.Course(chains, lambda: all(map(Trace.holds_beside_modules, traces)))
+
+    def _follow(self, step: Step, chains: list[recall.Modules], traces: list[Trace]) -> bool:
+        """Whether ``step`` runs nothing but chains; they and the traces that say so are added to the lists."""
+        if isinstance(step, Chain):
+            chains.append(step.modules)
+            return True
+        if hook_reason(step) is not None:
+            return False
+        if type(step) is nn.Sequential:
+            return all(self._follow(child, chains, traces) for child in step.children())
+        if isinstance(step, (FusedBasicBlock, FusedBottleneck)):
+            chains.append(step.modules_of_chain())
+            return plain_reason(step, FusedBasicBlock, FusedBottleneck) is None
+        found = self._steps_of(step)
+        if found is None:
+            return False
+        steps, trace = found
+        traces.append(trace)
+        return all(self._follow(child, chains, traces) for child in steps)
+
+
+class Head:
+    """A global average pool, its flattening (``torch.flatten`` where no module does it) and the last layer."""
+
+    def __init__(self, avgpool: nn.Module, flatten: nn.Module | None, fc: nn.Linear) -> None:
+        self._avgpool, self._flatten, self._fc = avgpool, flatten, fc
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: (N, C, H, W) -> (N, F)."""
+        y = None
+        if self._flatten is None or hook_reason(self._flatten) is None:
+            y = functional.head(x, self._avgpool, self._fc)
+        if y is not None:
+            return y
+        means = self._avgpool(x)
+        return self._fc(torch.flatten(means, 1) if self._flatten is None else self._flatten(means))
+
+
+def with_lines(
+    graph: fx.Graph, owner: nn.Module, slots: dict[Slot, Chain], steps_of: StepsOf
+) -> tuple[fx.Graph, dict[Slot, Any]]:
+    """A copy of the graph with its lines and heads as calls of slots, and what belongs into each slot."""
+    graph = copy.deepcopy(graph)
+    filled: dict[Slot, Any] = dict(slots)
+    known = {node: step for node in graph.nodes if (step := _step(node, owner, slots)) is not None}
+    for nodes in _in_a_row(known):
+        line = tuple(known[node] for node in nodes)
+        if len(line) > 1 or isinstance(line[0], nn.Module):
+            filled[_put_slot(graph, nodes)] = Line(line, steps_of)
+    for node in list(graph.nodes):
+        if (found := _head(node, owner)) is not None:
+            nodes, head = found
+            filled[_put_slot(graph, nodes)] = head
+    return graph, filled
+
+
+def _put_slot(graph: fx.Graph, nodes: list[fx.Node]) -> Slot:
+    """The slot that is called in place of ``nodes``, on what the first of them reads."""
+    slot = Slot()
+    with graph.inserting_after(nodes[-1]):
+        call = graph.call_function(slot, nodes[0].args[:1])
+    nodes[-1].replace_all_uses_with(call)
+    for node in reversed(nodes):
+        graph.erase_node(node)
+    return slot
+
+
+def steps(graph: fx.Graph, owner: nn.Module, slots: dict[Slot, Chain]) -> tuple[Step, ...] | None:
+    """The steps that are all of the graph, from its one input to its one result; None if it is more than that."""
+    first, *nodes, last = graph.nodes
+    found = tuple(step for node in nodes if (step := _step(node, owner, slots)) is not None)
+    is_one_row = first.op == "placeholder" and len(_in_a_row([first, *nodes, last])) == 1
+    return found if is_one_row and len(found) == len(nodes) else None
+
+
+def _step(node: fx.Node, owner: nn.Module, slots: dict[Slot, Chain]) -> Step | None:
+    """The chain or module that ``node`` calls on one tensor, if it may be a step."""
+    if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
+        return None
+    if node.op == "call_module":
+        module = owner.get_submodule(str(node.target))
+        return module if any(isinstance(m, nn.Conv2d) for m in module.modules() if m is not module) else None
+    chain = slots.get(node.target) if isinstance(node.target, Slot) else None
+    return chain if chain is not None and chain.is_closed else None
+
+
+def _in_a_row(nodes: Iterable[fx.Node]) -> list[list[fx.Node]]:
+    """``nodes`` in groups of which each node alone reads the one before it, and nothing else happens between."""
+    groups: list[list[fx.Node]] = []
+    for node in nodes:
+        former = groups[-1][-1] if groups else None
+        if former is not None and node.prev is former and list(former.users) == [node]:
+            groups[-1].append(node)
+        else:
+            groups.append([node])
+    return groups
+
+
+def _head(node: fx.Node, owner: nn.Module) -> tuple[list[fx.Node], Head] | None:
+    """The head that begins at ``node``, and its nodes."""
+    nodes = [node, node.next, node.next.next]
+    avgpool, flatten, fc = (owner.get_submodule(str(n.target)) if n.op == "call_module" else None for n in nodes)
+    is_called = all(len(n.args) == 1 and not n.kwargs for n in (nodes[0], nodes[2]))
+    if avgpool is None or not isinstance(fc, nn.Linear) or not is_called or head_reason(avgpool, fc) is not None:
+        return None
+    is_head = len(_in_a_row(nodes)) == 1 and is_flatten(nodes[1], owner)
+    return (nodes, Head(avgpool, flatten, fc)) if is_head else None
