@@ -119,6 +119,7 @@ NO_STEMS: dict[str, Callable[[Any, Tensor], Any]] = {
     "no ReLU": lambda m, x: m.maxpool(m.bn1(m.conv1(x))),
     "another reader": lambda m, x: (lambda y: m.maxpool(y) + F.avg_pool2d(y, 2))(m.relu(m.bn1(m.conv1(x)))),
     "another pool": lambda m, x: m.avgpool(m.relu(m.bn1(m.conv1(x)))),
+    "two convs": lambda m, x: m.maxpool(F.relu(m.layer1[0].bn(m.layer1[0].conv(m.relu(m.bn1(m.conv1(x))))))),
     "a shortcut": lambda m, x: m.maxpool(m.relu(m.bn1(m.conv1(x)) + x.mean(1, keepdim=True))),
 }
 

@@ -27,7 +27,10 @@ THREADS = "tests/test_concurrency.py"
 MEMORY = "tests/soak/test_memory.py"
 NATIVE = "tests/soak/fuzz_native.py"
 
-WEAK = "_entries: WeakKeyDictionary[nn.Module, _Entry] = WeakKeyDictionary()"
+LINES = "tests/test_lines.py"
+RECALL = "tests/test_recall.py"
+
+WEAK = "_entries: WeakKeyDictionary[nn.Module, Entry] = WeakKeyDictionary()"
 ROWS = "acc_dtype(dtype), {tensor.size(0), channels}"
 
 
@@ -78,10 +81,27 @@ FAULTS = (
         FUSE,
     ),
     Fault("writes between are overlooked", "fusedres/chain_search.py", "return not writes or", "return True or", FUSE),
-    Fault("models are traced at once", "fusedres/tracing.py", "    with _lock:", "    if True:", THREADS),
     Fault(
-        "a chain stays with its model", "fusedres/folding.py", WEAK, "_entries: dict[nn.Module, _Entry] = {}", MEMORY
+        "any pool joins a chain", "fusedres/chain_search.py", "is_stem = len(chain.pairs) == 1", "is_stem = True", LINES
     ),
+    Fault("lines pass over what stands between", "fusedres/lines.py", "node.prev is former and ", "", LINES),
+    Fault(
+        "lines hide a map that others read",
+        "fusedres/lines.py",
+        "list(former.users) == [node]",
+        "node in former.users",
+        FUSE,
+    ),
+    Fault("lines outlive what they were decided by", "fusedres/recall.py", "last.course.holds()", "True", LINES),
+    Fault(
+        "networks outlive their hooks",
+        "fusedres/recall.py",
+        "all_hold(last.guards, (*parts, *last.below))",
+        "True",
+        RECALL,
+    ),
+    Fault("models are traced at once", "fusedres/tracing.py", "    with _lock:", "    if True:", THREADS),
+    Fault("a chain stays with its model", "fusedres/folding.py", WEAK, "_entries: dict[nn.Module, Entry] = {}", MEMORY),
     Fault(
         "files are written in place", "fusedres/training/checkpoint.py", 'path.name + ".partial"', "path.name", FILES
     ),
