@@ -13,7 +13,6 @@ from fusedres.layers import FusedConvBNReLU
 from fusedres.resnet import StagedNet
 
 BuiltIn = FusedBasicBlock | FusedBottleneck | FusedConvBNReLU | StagedNet
-_BUILT_IN = FusedBasicBlock, FusedBottleneck, FusedConvBNReLU, StagedNet
 
 
 def unfused_convs(model: nn.Module) -> dict[str, str]:
@@ -21,7 +20,7 @@ def unfused_convs(model: nn.Module) -> dict[str, str]:
     fused: set[nn.Module] = set()
     reasons: dict[nn.Module, str] = {}
     for module in model.modules():  # callers come before what they call, whose reasons are closer
-        if isinstance(module, _BUILT_IN):
+        if isinstance(module, BuiltIn):
             chain, reason = built_in_chain(module), built_in_reason(module)
             fused.update(chain.convs if reason is None else ())
             reasons.update(dict.fromkeys(chain.convs if reason is not None else (), str(reason)))
@@ -47,7 +46,7 @@ def unfused_convs(model: nn.Module) -> dict[str, str]:
 
 def built_in_convs(model: nn.Module) -> set[nn.Module]:
     """The convs of ``model`` that modules of ours fuse by themselves."""
-    ours = [module for module in model.modules() if isinstance(module, _BUILT_IN) and built_in_reason(module) is None]
+    ours = [module for module in model.modules() if isinstance(module, BuiltIn) and built_in_reason(module) is None]
     return {conv for module in ours for conv in built_in_chain(module).convs}
 
 

@@ -37,7 +37,9 @@ class Line:
         self._parts = tuple(m for step in steps for m in (step.modules if isinstance(step, Chain) else (step,)))
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x: (N, C, H, W)."""
+        """x: (N, C, H, W). Maps that are not channels_last go step by step: each step hands on the format it meets."""
+        if not (isinstance(x, Tensor) and x.is_contiguous(memory_format=torch.channels_last)):
+            return self._run(x)
         return recall.network(self, self._parts, x, self._run, self._course)
 
     def _run(self, x: Tensor) -> Tensor:

@@ -238,6 +238,21 @@ def test_a_line_may_hold_others(is_frozen: bool) -> None:
     assert calls(net, picture())["eval_network"] == 1
 
 
+def caring(m: Any, x: Tensor) -> Tensor:
+    return torch.as_strided(m.layer2(m.layer1(stem(m, x))), (2, 8, 64), (512, 64, 1))
+
+
+@torch.no_grad()
+def test_a_line_hands_on_maps_in_the_format_that_eager_has() -> None:
+    """At once it had given channels_last whatever came in."""
+    eager = made(caring)
+    net = fuse(eager)
+    for memory_format in (torch.channels_last, torch.contiguous_format, torch.channels_last):
+        for _ in range(3):
+            x = picture().contiguous(memory_format=memory_format)
+            torch.testing.assert_close(net(x), eager(x), rtol=1e-4, atol=1e-5)
+
+
 def writing(m: Any, x: Tensor) -> Tensor:
     x = m.maxpool(m.relu(m.bn1(m.conv1(x))))
     y = m.layer1(x)
