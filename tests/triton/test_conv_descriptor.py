@@ -13,7 +13,6 @@ from conv_cases import assert_matches, dgrad_args, fprop_args, results, wgrad_ar
 from launches import launched
 from op_samples import Operands
 
-from fusedres.engines.triton import interpreted
 from fusedres.kernels import configs, conv_descriptor
 from fusedres.kernels.configs import Tile, trying
 from fusedres.kernels.conv_dgrad import conv_dgrad
@@ -110,13 +109,15 @@ def test_persistent_programs_change_no_bit(name: str, device: str, tile: Tile) -
             assert all(map(torch.equal, once, again))
 
 
-@pytest.mark.skipif(not interpreted(), reason="how matrix instructions group a sum is the hardware's own")
 @pytest.mark.parametrize("name", ["ragged", "1x1", "unpadded", "5x1"])
 def test_fprop_equals_that_by_pointers_bit_for_bit(name: str, device: str, tile: Tile) -> None:
-    args = fprop_args(Operands(torch.float16), PROBLEMS[name], "bias+residual+relu")
+    """On whole numbers, whose sums are exact: otherwise how a matrix product groups them is that of BLAS or the GPU."""
+    drawn = fprop_args(Operands(torch.float16), PROBLEMS[name], "bias+residual+relu")
+    args = tuple((4 * arg).round() if isinstance(arg, torch.Tensor) else arg for arg in drawn)
     y, _ = results(conv_fprop, args, device)
     with trying(tile._replace(descriptors=False)):
         by_pointers, _ = results(named(conv_fprop, "conv_fprop_kernel"), args, device)
+    assert y.unique().numel() > 20
     assert torch.equal(y, by_pointers)
 
 
