@@ -90,6 +90,13 @@ def test_a_packed_weight_gives_the_same_bits(layout, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_narrow_convs_have_panels_without_empty_channels(dtype):
+    """With AVX-512 half of the panel of a conv to 16 channels had been multiplied for nothing."""
+    w = torch.randn(64 // dtype.itemsize, 5, 1, 1, dtype=dtype)
+    assert kernels.conv_pack(w, (6, 7), (1, 1), (0, 0), (1, 1)).numel() == w.numel()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_dgrad_is_the_input_gradient(problem, dtype):
     x, w, geometry = operands(problem, dtype)

@@ -49,12 +49,12 @@ WeightOrder::WeightOrder(const ConvPlan& plan, const WeightStrides& strides)
 template <typename T>
 void pack_weight(const ConvPlan& plan, const LooseWeight<T>& weight, T* packed) {
   if (plan.winograd) {
-    const auto pack = FUSEDRES_BEST_ISA(winograd_pack<T>);
+    const auto pack = FUSEDRES_OF_ISA(plan.tile.isa, winograd_pack<T>);
     return parallel_for_each(plan.panels,
                              [&](int64_t panel) { pack(plan, weight, panel, packed + panel * plan.panel_elements()); });
   }
   const Cut pieces = Cut::at_most(weight.order.offsets.size(), 256);
-  const auto pack = FUSEDRES_BEST_ISA(conv_pack_piece<T>)(weight);
+  const auto pack = FUSEDRES_OF_ISA(plan.tile.isa, conv_pack_piece<T>)(weight);
   parallel_for_each(plan.panels * pieces.count, [&](int64_t item) {
     const int64_t panel = item / pieces.count;
     pack(plan, weight, panel, pieces[item % pieces.count], 0, packed + panel * plan.panel_elements());

@@ -2,12 +2,14 @@
 // point is a pixel or, under Winograd's algorithm, a square of 2x2 pixels.
 #pragma once
 
+#include "cpu/isa.h"
 #include "cpu/winograd.h"
 
 namespace fusedres::cpu {
 
-// What a micro-tile of the instruction set in use holds: points by channels (a panel of the packed weight).
+// What a micro-tile of an instruction set holds: points by channels (a panel of the packed weight).
 struct ConvTile {
+  Isa isa;
   int64_t points, channels;
 };
 

@@ -10,10 +10,6 @@ namespace fusedres::cpu {
 // neighbouring pixels as if they were one pixel's channels. That needs a picture whose padded columns are really there.
 bool merges_columns(const Conv& conv);
 
-// That of the instruction set in use.
-template <typename T>
-ConvTile best_conv_tile();
-
 // For `workers` threads. Float64 or float32.
 template <typename T>
 ConvPlan gather_plan(const ConvSizes& sizes, Gather gather, int64_t workers, Weights weights);

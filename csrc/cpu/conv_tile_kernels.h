@@ -15,7 +15,7 @@ constexpr int64_t kConvTile = kConvPoints * kConvChannels<T>;
 
 template <typename T>
 ConvTile conv_tile() {
-  return {kConvPoints, kConvChannels<T>};
+  return {Isa::FUSEDRES_ISA, kConvPoints, kConvChannels<T>};
 }
 
 // function(pixel, channel of the tile, value) for every vector of a micro-tile, all in registers.

@@ -20,12 +20,14 @@ Isa best_isa();
 
 }  // namespace fusedres::cpu
 
-// The instance of a kernel for best_isa(), as a function pointer: FUSEDRES_BEST_ISA(channel_stats_chunk<T>).
+// The instance of a kernel for best_isa(), as a function pointer: FUSEDRES_BEST_ISA(channel_stats_chunk<T>). And that
+// for another, which this CPU has: FUSEDRES_OF_ISA(isa, channel_stats_chunk<T>).
+#define FUSEDRES_BEST_ISA(...) FUSEDRES_OF_ISA(::fusedres::cpu::best_isa(), __VA_ARGS__)
 #if defined(__x86_64__)
-#define FUSEDRES_BEST_ISA(...)                                                       \
-  (::fusedres::cpu::best_isa() == ::fusedres::cpu::Isa::avx512 ? avx512::__VA_ARGS__ \
-   : ::fusedres::cpu::best_isa() == ::fusedres::cpu::Isa::avx2 ? avx2::__VA_ARGS__   \
-                                                               : baseline::__VA_ARGS__)
+#define FUSEDRES_OF_ISA(isa, ...)                              \
+  ((isa) == ::fusedres::cpu::Isa::avx512 ? avx512::__VA_ARGS__ \
+   : (isa) == ::fusedres::cpu::Isa::avx2 ? avx2::__VA_ARGS__   \
+                                         : baseline::__VA_ARGS__)
 #else
-#define FUSEDRES_BEST_ISA(...) (baseline::__VA_ARGS__)
+#define FUSEDRES_OF_ISA(isa, ...) (baseline::__VA_ARGS__)
 #endif
