@@ -7,8 +7,8 @@ from torch import nn
 from fusedres.blocks import FusedBasicBlock, FusedBottleneck
 from fusedres.chains import Chain
 from fusedres.functional import ConvBN, chain_reason
-from fusedres.fused_class import is_converted, may_call_convs, owner_reason, plan_of
-from fusedres.inspection import pool_reason
+from fusedres.fused_class import is_converted, owner_reason, plan_of
+from fusedres.inspection import may_call_convs, pool_reason
 from fusedres.layers import FusedConvBNReLU
 from fusedres.resnet import StagedNet
 
@@ -17,13 +17,12 @@ BuiltIn = FusedBasicBlock | FusedBottleneck | FusedConvBNReLU | StagedNet
 
 def unfused_convs(model: nn.Module) -> dict[str, str]:
     """The reason for every conv of ``model`` that runs unfused, by name."""
-    fused: set[nn.Module] = set()
+    fused = built_in_convs(model)
     reasons: dict[nn.Module, str] = {}
     for module in model.modules():  # callers come before what they call, whose reasons are closer
         if isinstance(module, BuiltIn):
-            chain, reason = built_in_chain(module), built_in_reason(module)
-            fused.update(chain.convs if reason is None else ())
-            reasons.update(dict.fromkeys(chain.convs if reason is not None else (), str(reason)))
+            if (reason := built_in_reason(module)) is not None:
+                reasons.update(dict.fromkeys(built_in_chain(module).convs, reason))
         elif may_call_convs(module):
             below = [conv for conv in module.modules() if isinstance(conv, nn.Conv2d)]
             reason = owner_reason(module)

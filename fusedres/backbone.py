@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fusedres import functional, recall
-from fusedres.blocks import FusedBasicBlock, FusedBottleneck
+from fusedres.blocks import chain_of
 from fusedres.inspection import is_transformed, plain_reason
 from fusedres.layout import channels_last
 from fusedres.stages import run_stage
@@ -225,9 +225,10 @@ class Backbone(nn.Module):
             if plain_reason(stage, nn.Sequential) is not None:
                 return None
             for block in stage.children():
-                if plain_reason(block, FusedBasicBlock, FusedBottleneck) is not None:
+                of_block = chain_of(block)
+                if of_block is None:
                     return None
-                chains.append(block.modules_of_chain())  # type: ignore[operator]  # its class was asked
+                chains.append(of_block)
         return recall.Course(chains, lambda: True)
 
     def _run(self, stage: nn.Module, x: Tensor) -> Tensor:

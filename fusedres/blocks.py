@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fusedres.functional import ConvBN, chain_reason, residual_chain
 from fusedres.inspection import plain_reason
-from fusedres.recall import modules_of
+from fusedres.recall import Modules, modules_of
 from fusedres.specs import Memory, checked_memory
 
 NormLayer = Callable[..., nn.Module]
@@ -63,7 +63,7 @@ class _FusedBlock(nn.Module):
             return f"it has {len(modules)} modules, not a conv and its norm"
         return chain_reason([ConvBN(*modules)], ())  # type: ignore[arg-type]  # of which kind they are, it asks
 
-    def modules_of_chain(self) -> tuple[nn.Module, ...]:
+    def modules_of_chain(self) -> Modules:
         """Every module that the block's chain replaces, in order."""
         return modules_of(self.pairs, self.projection, [self.relu])
 
@@ -166,3 +166,10 @@ class FusedBottleneck(_FusedBlock):
         self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample
         self.stride = stride
+
+
+def chain_of(module: nn.Module) -> Modules | None:
+    """The modules of the one chain that ``module`` runs, if it is a block of ours and no more."""
+    if not isinstance(module, (FusedBasicBlock, FusedBottleneck)):
+        return None
+    return module.modules_of_chain() if plain_reason(module, FusedBasicBlock, FusedBottleneck) is None else None

@@ -14,7 +14,7 @@ from torch import fx, nn
 from fusedres.chains import Chain, Site
 from fusedres.functional import ConvBN
 from fusedres.inspection import batch_norm_reason, conv_reason, is_batch_norm, plain_reason, pool_reason
-from fusedres.nodes import called, is_add, is_in_place, is_pure, is_relu_call, is_relu_module
+from fusedres.nodes import called, is_add, is_in_place, is_pure, is_relu_call, is_relu_module, module_of, takes_one
 from fusedres.norm_act import is_norm_act, norm_act_reason, norm_of
 
 
@@ -59,9 +59,7 @@ def find(graph: fx.Graph, owner: nn.Module) -> Finding:
 class _Search:
     def __init__(self, graph: fx.Graph, owner: nn.Module) -> None:
         self._order = {node: i for i, node in enumerate(graph.nodes)}
-        self._modules = {
-            node: owner.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module"
-        }
+        self._modules = {node: module for node in graph.nodes if (module := module_of(node, owner)) is not None}
         called = list(self._modules.values())
         self._repeated = {module for module in called if called.count(module) > 1}
 
@@ -115,7 +113,7 @@ class _Search:
         module = self._modules[node]
         if module in self._repeated:
             return f"the same {type(module).__name__} is called more than once"
-        if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
+        if not takes_one(node):
             return f"a {type(module).__name__} is called with more than one tensor"
         return None
 

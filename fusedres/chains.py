@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,18 +108,23 @@ class Slot:
         raise NotImplementedError("no chain was put into this place")
 
 
+def put_slot(graph: fx.Graph, slot: Slot, nodes: Sequence[fx.Node], reads: Sequence[Any]) -> fx.Node:
+    """The call of ``slot`` with what it ``reads``, in place of ``nodes``, whose last gave what it gives."""
+    with graph.inserting_before(nodes[-1]):
+        call = graph.call_function(slot, tuple(reads))
+    nodes[-1].replace_all_uses_with(call)
+    for node in sorted(nodes, reverse=True):
+        graph.erase_node(node)
+    return call
+
+
 def rewrite(graph: fx.Graph, sites: Iterable[Site]) -> dict[Slot, Chain]:
     """Put a slot in place of the nodes of each chain; which chain belongs into which."""
     slots: dict[Slot, Chain] = {}
     outputs: dict[fx.Node, fx.Node] = {}
     for site in sorted(sites, key=lambda site: site.nodes[-1]):
-        last, slot = site.nodes[-1], Slot()
+        slot = Slot()
         slots[slot] = site.chain
         reads = [site.x] if site.given is None else [site.x, site.given]
-        with graph.inserting_before(last):
-            call = graph.call_function(slot, tuple(outputs.get(node, node) for node in reads))
-        last.replace_all_uses_with(call)
-        outputs[last] = call
-        for node in sorted(site.nodes, reverse=True):
-            graph.erase_node(node)
+        outputs[site.nodes[-1]] = put_slot(graph, slot, site.nodes, [outputs.get(node, node) for node in reads])
     return slots

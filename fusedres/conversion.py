@@ -16,12 +16,11 @@ from fusedres.fused_class import (
     fused_class,
     is_converted,
     is_derived,
-    may_call_convs,
     original_class,
     owner_reason,
     plan_of,
 )
-from fusedres.inspection import checked_module
+from fusedres.inspection import checked_module, may_call_convs
 
 
 class NotFusedError(RuntimeError):

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from fusedres.chains import Slot
 from fusedres.inspection import hook_reason, is_batch_norm
 from fusedres.layout import channels_last
-from fusedres.nodes import AUGMENTED, is_flatten, is_in_place
+from fusedres.nodes import AUGMENTED, is_flatten, is_in_place, module_of
 
 GraphOf = Callable[[nn.Module], fx.Graph | None]
 
@@ -74,8 +74,8 @@ def is_indifferent(module: nn.Module, graph_of: GraphOf) -> bool:
 
 
 def _is_indifferent_node(node: fx.Node, module: nn.Module, graph_of: GraphOf) -> bool:
-    if node.op == "call_module":
-        return is_indifferent(module.get_submodule(str(node.target)), graph_of)
+    if (called := module_of(node, module)) is not None:
+        return is_indifferent(called, graph_of)
     if node.op == "call_method":
         return node.target in _METHODS
     if node.op == "call_function":
@@ -91,8 +91,8 @@ def _is_chain(node: fx.Node) -> bool:
 
 def _writes(node: fx.Node, module: nn.Module) -> bool:
     """Whether ``node`` writes into its first argument; of modules that are indifferent only activations do."""
-    if node.op == "call_module":
-        return bool(getattr(module.get_submodule(str(node.target)), "inplace", False))
+    if (called := module_of(node, module)) is not None:
+        return bool(getattr(called, "inplace", False))
     return not _is_chain(node) and is_in_place(node)
 
 
@@ -100,8 +100,7 @@ def _origin(node: Any, module: nn.Module) -> fx.Node:
     """Whose memory ``node`` may be in: the module, chain or input that it came from, views and writes passed over."""
     while node.op in ("call_function", "call_method") and not _is_chain(node) and isinstance(node.args[0], fx.Node):
         node = node.args[0]
-    if node.op == "call_module":
-        called = module.get_submodule(str(node.target))
-        if _writes(node, module) or type(called) is nn.Identity:
-            return _origin(node.args[0], module)
+    called = module_of(node, module)
+    if called is not None and (_writes(node, module) or type(called) is nn.Identity):
+        return _origin(node.args[0], module)
     return node

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from fusedres import chain_search, lines, tracing
 from fusedres.chains import Chain, Slot, rewrite
 from fusedres.formats import is_contiguous_map, is_indifferent, run_in_channels_last
-from fusedres.guards import Guard, Structure, all_hold
+from fusedres.guards import Guard, Structure, all_hold, collections_hold
 from fusedres.lines import Step
 
 #: The graphs kept for one module: training and eval, each with and without some attribute changed.
@@ -57,8 +57,7 @@ class _Answer(NamedTuple):
 
     def holds(self, module: nn.Module) -> bool:
         """Whether nothing has changed, and no tensor was replaced."""
-        is_same = all_hold(self.guards, (module, *self.below))
-        return is_same and all(then.collections_hold() for then in self.structures if then.collections)
+        return all_hold(self.guards, (module, *self.below)) and collections_hold(self.structures)
 
 
 _answers: WeakKeyDictionary[nn.Module, _Answer] = WeakKeyDictionary()
@@ -209,9 +208,3 @@ def owner_reason(module: nn.Module) -> str | None:
     if "forward" in module.__dict__:
         return f"the forward of a {kind.__name__} was replaced"
     return None
-
-
-def may_call_convs(module: nn.Module) -> bool:
-    """Whether there is a conv below ``module``, and a forward that could call it."""
-    has_forward = type(module).forward is not nn.Module.forward
-    return has_forward and any(isinstance(m, nn.Conv2d) for m in module.modules() if m is not module)

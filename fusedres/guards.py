@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -145,7 +145,7 @@ class Structure(NamedTuple):
         return True
 
     def collections_hold(self) -> bool:
-        """Whether lists and sets of the module hold what they held. Its ``Guard`` tells everything else."""
+        """Whether lists and sets of the module hold what they held."""
         for collection, then in self.collections:
             if len(collection) != len(then) or not all(map(is_, collection, then)):
                 return False
@@ -160,3 +160,8 @@ class Structure(NamedTuple):
         for collection, then in self.collections:
             collection.clear()
             (collection.extend if isinstance(collection, list) else collection.update)(then)
+
+
+def collections_hold(structures: Iterable[Structure]) -> bool:
+    """Whether lists and sets of these modules hold what they held: what of a module its ``Guard`` does not tell."""
+    return all(then.collections_hold() for then in structures if then.collections)

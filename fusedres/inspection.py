@@ -20,6 +20,12 @@ def checked_module(model: object) -> nn.Module:
     return model
 
 
+def may_call_convs(module: nn.Module) -> bool:
+    """Whether there is a conv below ``module``, and a forward that could call it."""
+    has_forward = type(module).forward is not nn.Module.forward
+    return has_forward and any(isinstance(m, nn.Conv2d) for m in module.modules() if m is not module)
+
+
 def plain_reason(module: nn.Module, *types: type[nn.Module]) -> str | None:
     """Why ``module`` is more than a plain instance of one of ``types``, or None if it is just that.
 

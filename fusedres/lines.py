@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from fusedres import functional, recall
-from fusedres.blocks import FusedBasicBlock, FusedBottleneck
-from fusedres.chains import Chain, Slot
-from fusedres.inspection import head_reason, hook_reason, plain_reason
-from fusedres.nodes import is_flatten
+from fusedres.blocks import chain_of
+from fusedres.chains import Chain, Slot, put_slot
+from fusedres.inspection import head_reason, hook_reason, may_call_convs
+from fusedres.nodes import is_flatten, module_of, takes_one
 from fusedres.tracing import Trace
 
 #: What hands a map on: a chain, or a module that may run chains.
@@ -63,9 +63,9 @@ class Line:
             return False
         if type(step) is nn.Sequential:
             return all(self._follow(child, chains, traces) for child in step.children())
-        if isinstance(step, (FusedBasicBlock, FusedBottleneck)):
-            chains.append(step.modules_of_chain())
-            return plain_reason(step, FusedBasicBlock, FusedBottleneck) is None
+        if (of_block := chain_of(step)) is not None:
+            chains.append(of_block)
+            return True
         found = self._steps_of(step)
         if found is None:
             return False
@@ -97,27 +97,21 @@ def with_lines(
     """A copy of the graph with its lines and heads as calls of slots, and what belongs into each slot."""
     graph = copy.deepcopy(graph)
     filled: dict[Slot, Any] = dict(slots)
+
+    def put(part: Line | Head, nodes: list[fx.Node]) -> None:
+        slot = Slot()
+        filled[slot] = part
+        put_slot(graph, slot, nodes, nodes[0].args[:1])
+
     known = {node: step for node in graph.nodes if (step := _step(node, owner, slots)) is not None}
     for nodes in _in_a_row(known):
         line = tuple(known[node] for node in nodes)
         if len(line) > 1 or isinstance(line[0], nn.Module):
-            filled[_put_slot(graph, nodes)] = Line(line, steps_of)
+            put(Line(line, steps_of), nodes)
     for node in list(graph.nodes):
         if (found := _head(node, owner)) is not None:
-            nodes, head = found
-            filled[_put_slot(graph, nodes)] = head
+            put(*found)
     return graph, filled
-
-
-def _put_slot(graph: fx.Graph, nodes: list[fx.Node]) -> Slot:
-    """The slot that is called in place of ``nodes``, on what the first of them reads."""
-    slot = Slot()
-    with graph.inserting_after(nodes[-1]):
-        call = graph.call_function(slot, nodes[0].args[:1])
-    nodes[-1].replace_all_uses_with(call)
-    for node in reversed(nodes):
-        graph.erase_node(node)
-    return slot
 
 
 def steps(graph: fx.Graph, owner: nn.Module, slots: dict[Slot, Chain]) -> tuple[Step, ...] | None:
@@ -130,11 +124,10 @@ def steps(graph: fx.Graph, owner: nn.Module, slots: dict[Slot, Chain]) -> tuple[
 
 def _step(node: fx.Node, owner: nn.Module, slots: dict[Slot, Chain]) -> Step | None:
     """The chain or module that ``node`` calls on one tensor, if it may be a step."""
-    if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
+    if not takes_one(node):
         return None
-    if node.op == "call_module":
-        module = owner.get_submodule(str(node.target))
-        return module if any(isinstance(m, nn.Conv2d) for m in module.modules() if m is not module) else None
+    if (module := module_of(node, owner)) is not None:
+        return module if may_call_convs(module) else None
     chain = slots.get(node.target) if isinstance(node.target, Slot) else None
     return chain if chain is not None and chain.is_closed else None
 
@@ -151,12 +144,11 @@ def _in_a_row(nodes: Iterable[fx.Node]) -> list[list[fx.Node]]:
     return groups
 
 
-def _head(node: fx.Node, owner: nn.Module) -> tuple[list[fx.Node], Head] | None:
+def _head(node: fx.Node, owner: nn.Module) -> tuple[Head, list[fx.Node]] | None:
     """The head that begins at ``node``, and its nodes."""
     nodes = [node, node.next, node.next.next]
-    avgpool, flatten, fc = (owner.get_submodule(str(n.target)) if n.op == "call_module" else None for n in nodes)
-    is_called = all(len(n.args) == 1 and not n.kwargs for n in (nodes[0], nodes[2]))
-    if avgpool is None or not isinstance(fc, nn.Linear) or not is_called or head_reason(avgpool, fc) is not None:
+    avgpool, flatten, fc = (module_of(n, owner) for n in nodes)
+    if avgpool is None or not isinstance(fc, nn.Linear) or head_reason(avgpool, fc) is not None:
         return None
-    is_head = len(_in_a_row(nodes)) == 1 and is_flatten(nodes[1], owner)
-    return (nodes, Head(avgpool, flatten, fc)) if is_head else None
+    is_called = takes_one(nodes[0]) and is_flatten(nodes[1], owner) and takes_one(nodes[2])
+    return (Head(avgpool, flatten, fc), nodes) if is_called and len(_in_a_row(nodes)) == 1 else None

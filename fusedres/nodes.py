@@ -42,6 +42,16 @@ def called(node: fx.Node) -> str:
     return str(getattr(node.target, "__name__", node.target))
 
 
+def module_of(node: fx.Node, owner: nn.Module) -> nn.Module | None:
+    """The module of ``owner`` that it calls, if it calls one."""
+    return owner.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def takes_one(node: fx.Node) -> bool:
+    """Whether it is called with one tensor and nothing else."""
+    return len(node.args) == 1 and not node.kwargs and isinstance(node.args[0], fx.Node)
+
+
 def is_add(node: fx.Node) -> bool:
     """Whether it adds two values, unscaled."""
     is_call = node.op == "call_function" and node.target in _ADDS
@@ -58,13 +68,13 @@ def is_relu_call(node: fx.Node) -> bool:
 
 def is_relu_module(module: nn.Module, node: fx.Node) -> bool:
     """Whether it calls ``module``, a plain ReLU."""
-    return plain_reason(module, nn.ReLU) is None and len(node.args) == 1 and not node.kwargs
+    return plain_reason(module, nn.ReLU) is None and takes_one(node)
 
 
 def is_flatten(node: fx.Node, owner: nn.Module) -> bool:
     """Whether it makes (N, features) of a map, as a function, a method or a module of ``owner``."""
-    if node.op == "call_module":
-        flatten = owner.get_submodule(str(node.target))
+    flatten = module_of(node, owner)
+    if flatten is not None:
         return type(flatten) is nn.Flatten and (flatten.start_dim, flatten.end_dim) == (1, -1)
     return (node.target is torch.flatten or node.target == "flatten") and node.args[1:] == (1,) and not node.kwargs
 

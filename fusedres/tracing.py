@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedres.frames import CONSTANTS, Constant, Frames
-from fusedres.guards import Structure
+from fusedres.guards import Structure, collections_hold
 from fusedres.inspection import has_global_hooks, is_batch_norm, is_traced, is_transformed, plain_reason
 from fusedres.nodes import AUGMENTED
 from fusedres.norm_act import is_norm_act
@@ -52,7 +52,7 @@ class Trace(NamedTuple):
     def holds_beside_modules(self) -> bool:
         """``holds``, where guards of the owner and all modules below it do (fusedres/guards.py)."""
         structures = self.own, *(then for _, then in self.structures)
-        return all(map(Structure.collections_hold, structures)) and all(map(Constant.holds, self.constants))
+        return collections_hold(structures) and all(map(Constant.holds, self.constants))
 
 
 def trace(owner: nn.Module, forward: Callable[..., Any], inputs: int) -> Trace:
